@@ -1,0 +1,44 @@
+PYTHON ?= python3
+# accelerate launch gives a process one thread unless it is told; a small model has no use for more than four.
+THREADS ?= $(shell $(PYTHON) -c "import os; print(min(4, os.cpu_count()))")
+LAUNCH = .venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+    --num_cpu_threads_per_process $(THREADS)
+
+.PHONY: demo test test-all quality style sync clean
+
+demo: .venv/.installed
+	$(LAUNCH) train_text_to_image.py --config configs/demo_text_to_image.yaml --overwrite_output_dir $(DEMO_FLAGS)
+	.venv/bin/python demo/before_after.py
+
+test: .venv/.installed-dev
+	.venv/bin/python -m pytest
+
+test-all: .venv/.installed-dev
+	.venv/bin/python -m pytest -m ""
+
+quality: .venv/.installed-dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/python -m pytest tests/test_consistency.py
+
+style: .venv/.installed-dev
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+# make sync NAME="train publish" FROM=train_text_to_image.py
+sync: .venv/.installed
+	.venv/bin/python tools/sync.py $(NAME) --from $(FROM)
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache outputs
+
+.venv/.installed: requirements.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+	    { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.12"; exit 1; }
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -r requirements.txt
+	touch $@
+
+.venv/.installed-dev: .venv/.installed requirements-dev.txt
+	.venv/bin/python -m pip install -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,156 @@
+"""The tests' environment, and the tiny models and pictures they train on. Nothing here needs a network."""
+
+import atexit
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+
+# Before any library reads it: no network, and no file in the user's caches.
+CACHE = tempfile.mkdtemp(prefix="tests-cache-")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+os.environ.update(
+    HF_HOME=f"{CACHE}/huggingface",
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    WANDB_MODE="offline",
+    XDG_CACHE_HOME=CACHE,
+)
+for name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+    os.environ.pop(name, None)
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import pytest
+import torch
+from hub_server import Hub
+from PIL import Image, ImageDraw
+
+
+torch.set_num_threads(1)
+
+COLOURS = ["red", "green", "blue", "yellow", "purple", "orange"]
+
+
+def make_pictures(folder: Path, count: int = 6, size: int = 48) -> Path:
+    """Fill a folder with pictures of a circle or a square, half of them JPEG, and their captions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        colour, shape = COLOURS[i % len(COLOURS)], ("circle", "square")[i % 2]
+        corners = np.array([[0, 85, 170], [255, 170, 85]]) + rng.integers(-60, 60, (2, 3))
+        gradient = np.linspace(corners[0], corners[1], size)[:, None].repeat(size, axis=1)
+        image = Image.fromarray(gradient.clip(0, 255).astype(np.uint8))
+        draw = ImageDraw.Draw(image)
+        left, top = rng.integers(0, size // 2, 2).tolist()
+        draw_shape = draw.ellipse if shape == "circle" else draw.rectangle
+        draw_shape((left, top, left + size // 2, top + size // 2), fill=colour)
+        name = f"{i:03d}.{('png', 'jpg')[i // 2 % 2]}"
+        image.save(folder / name)
+        rows.append({"file_name": name, "text": f"a {colour} {shape} {i + 1}"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def make_model(folder: Path) -> Path:
+    """Save an SD 1.x pipeline of the real classes with tiny random weights; its VAE halves the resolution."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    torch.manual_seed(0)
+    letters = list(bytes_to_unicode().values())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer({token: i for i, token in enumerate(tokens)}, [], model_max_length=77)
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokens),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        projection_dim=32,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=24,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=8,
+        sample_size=48,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text_config),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A tiny SD 1.x pipeline that predicts the noise."""
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_v_model(tiny_model) -> Path:
+    """The same weights with an SD 2.x scheduler, which predicts v."""
+    folder = shutil.copytree(tiny_model, tiny_model.with_name("tiny-v"))
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """Six captioned pictures of 48 pixels."""
+    return make_pictures(tmp_path_factory.mktemp("data") / "pictures")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub on the loopback, for this process and, with env=hub.env, for others."""
+    import datasets
+    from huggingface_hub import constants, hf_api
+
+    with Hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.url)
+        for settings in (constants, datasets.config):
+            monkeypatch.setattr(settings, "HF_HUB_OFFLINE", False)
+        yield server

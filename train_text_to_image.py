@@ -1,0 +1,1310 @@
+"""Fine-tunes the UNet of Stable Diffusion 1.x or 2.x on captioned pictures.
+
+Each step noises the VAE latents of a few pictures (DDPM, Ho et al. 2020, arXiv:2006.11239, eq. 4), lets the UNet
+predict the noise under the captions' embeddings, and takes the mean squared error, plain or with Min-SNR weights
+(Hang et al. 2023, arXiv:2303.09556). The result is a pipeline that StableDiffusionPipeline.from_pretrained loads.
+
+    accelerate launch train_text_to_image.py --config configs/demo_text_to_image.yaml
+    accelerate launch train_text_to_image.py --pretrained_model_name_or_path sd-legacy/stable-diffusion-v1-5 \\
+        --train_data_dir pictures --center_crop --random_flip --train_batch_size 4 --learning_rate 1e-5 --use_ema \\
+        --max_train_steps 15000 --mixed_precision fp16 --validation_prompts "a cat" --output_dir my-model
+    accelerate launch train_text_to_image.py --config my-model/train_args.yaml --resume_from_checkpoint latest
+"""
+
+import argparse
+import contextlib
+import csv
+import ctypes
+import functools
+import gc
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+import yaml
+
+
+REFUSED = {"--local_rank": "launchers pass the rank in the environment, so leave this flag out"}
+
+
+def bounded(text, kind, low, high=math.inf):
+    """Parses a number of some kind, int or float, that is neither below low nor above high."""
+    value = kind(text)
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"must be {low} to {high}, not {text}")
+    return value
+
+
+positive_int = functools.partial(bounded, kind=int, low=1)
+natural_int = functools.partial(bounded, kind=int, low=0)
+non_negative = functools.partial(bounded, kind=float, low=0.0)
+fraction = functools.partial(bounded, kind=float, low=0.0, high=1.0)
+switch = {"action": argparse.BooleanOptionalAction, "default": False}
+
+
+def read_config(parser, path):
+    """Makes the flags in a YAML file the parser's defaults, checked as if they had been typed."""
+    try:
+        config = dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        parser.error(f"--config {path} is not a readable file of 'flag: value' lines: {error}")
+    for name, value in config.items():
+        action = parser._option_string_actions.get(f"--{name}")
+        if action is None:
+            parser.error(f"--config {path}: there is no flag --{name}")
+        kind = {0: bool, "+": list}.get(action.nargs, (str, int, float))
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
+            parser.error(f"--config {path}: {name} cannot be {value!r}")
+        try:
+            if value is not None and kind is not bool:
+                value = parser._get_values(action, [str(v) for v in (value if kind is list else [value])])
+        except argparse.ArgumentError as error:
+            parser.error(f"--config {path}: {error}")
+        action.required = action.required and value is None
+        parser.set_defaults(**{name: value} if value is not None else {})
+
+
+def parse_args(argv=None):
+    """Parses and checks the command line; whatever is wrong with it is said here, before anything heavy loads."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--config", help="a YAML file of flags; the command line wins over it")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", required=True, help="base model: a folder in diffusers format or a Hub id")
+    add("--revision", help="branch, tag or commit of the base model on the Hub")
+    add("--variant", help="variant of the base model's weight files, such as fp16")
+    add("--non_ema_revision", help="revision to train the UNet of; the EMA starts from --revision")
+    add("--cache_dir", help="where downloads from the Hub are kept")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset_name", help="a data set on the Hub, or whatever else datasets.load_dataset takes")
+    add("--dataset_config_name", help="configuration of that data set")
+    add(
+        "--train_data_dir",
+        help="folder of pictures with metadata.jsonl, metadata.csv or .txt captions, or parquet files",
+    )
+    add("--image_column", default="image", help="column of the pictures (Hub and parquet)")
+    add("--caption_column", default="text", help="column of the captions, each a string or a list to draw from")
+    add("--max_train_samples", type=positive_int, help="train on so many pictures, drawn by the seed")
+    add("--resolution", type=positive_int, default=512, help="side of the square pictures in pixels, a multiple of 8")
+    add("--center_crop", **switch, help="crop the middle instead of a random place")
+    add("--random_flip", **switch, help="mirror half of the samples")
+    filters = ["lanczos", "bicubic", "bilinear", "box", "hamming", "nearest", "nearest_exact"]
+    add("--image_interpolation_mode", default="lanczos", choices=filters, help="filter that resizes the pictures")
+    add("--proportion_empty_prompts", type=fraction, default=0.0, help="fraction of samples that lose their caption")
+    add("--on_bad_image", default="error", choices=["error", "skip"], help="what to do about unusable pictures")
+    add("--encoding_cache_dir", help="where latents and embeddings are kept (~/.cache/diffusion-training)")
+    add("--no_encoding_cache", **switch, help="run the frozen models in every step instead")
+    add("--dataloader_num_workers", type=natural_int, default=0, help="processes that load pictures")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--output_dir", default="sd-model-finetuned", help="folder for the pipeline, samples, logs and checkpoints")
+    add(
+        "--overwrite_output_dir", **switch, help="start anew in a folder that holds a run; its checkpoints are deleted"
+    )
+    add("--seed", type=natural_int, help="seed of every random draw (default: one is drawn and recorded)")
+    add("--train_batch_size", type=positive_int, default=16, help="pictures per process and forward pass")
+    add("--gradient_accumulation_steps", type=positive_int, default=1, help="forward passes per optimizer step")
+    add("--num_train_epochs", type=positive_int, default=100, help="passes over the data, without --max_train_steps")
+    add("--max_train_steps", type=positive_int, help="optimizer steps")
+    add("--gradient_checkpointing", **switch, help="recompute activations: less memory, slower")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: as the launcher is configured")
+    add("--allow_tf32", **switch, help="TF32 matrix products on Ampere GPUs and later")
+    add("--enable_xformers_memory_efficient_attention", **switch, help="xformers' attention instead of PyTorch's")
+
+    add = parser.add_argument_group("optimizer").add_argument
+    add("--learning_rate", type=non_negative, default=1e-4, help="learning rate after warmup")
+    add("--scale_lr", **switch, help="multiply the learning rate by the total batch size")
+    shapes = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+    add("--lr_scheduler", default="constant", choices=shapes, help="shape of the learning rate over the run")
+    add("--lr_warmup_steps", type=natural_int, default=500, help="optimizer steps of linear warmup")
+    add("--use_8bit_adam", **switch, help="8-bit AdamW of bitsandbytes: a quarter of the optimizer's memory")
+    add("--adam_beta1", type=fraction, default=0.9, help="decay of the gradients' mean")
+    add("--adam_beta2", type=fraction, default=0.999, help="decay of the gradients' square")
+    add("--adam_weight_decay", type=non_negative, default=1e-2, help="decoupled weight decay")
+    add("--adam_epsilon", type=non_negative, default=1e-8, help="added to the denominator")
+    add("--max_grad_norm", type=non_negative, default=1.0, help="larger gradients are scaled down to this norm")
+    add("--use_ema", **switch, help="average the weights over the run; the average is validated and saved")
+    add("--foreach_ema", **switch, help="update the average in one call: faster, more memory")
+    add("--offload_ema", **switch, help="keep the average in CPU memory between steps")
+
+    add = parser.add_argument_group("loss").add_argument
+    targets = ["epsilon", "v_prediction", "sample"]
+    add("--prediction_type", choices=targets, help="what the UNet predicts (default: as the base model does)")
+    add("--snr_gamma", type=functools.partial(bounded, kind=float, low=1e-6), help="gamma of Min-SNR weights, often 5")
+    add(
+        "--noise_offset",
+        type=non_negative,
+        default=0.0,
+        help="scale of noise that a channel's pixels share, such as 0.1",
+    )
+    add("--input_perturbation", type=non_negative, default=0.0, help="scale of extra noise on the input, such as 0.1")
+    add("--dream_training", **switch, help="DREAM: a second forward pass rectifies the input (arXiv:2312.00210)")
+    add("--dream_detail_preservation", type=non_negative, default=1.0, help="exponent p of DREAM")
+
+    add = parser.add_argument_group("validation").add_argument
+    add("--validation_prompts", nargs="+", help="prompts of the sample grids")
+    add("--validation_samples", type=natural_int, default=0, help="pictures held out to measure the loss on")
+    add("--validation_epochs", type=positive_int, help="epochs between validations (default: 5)")
+    add("--validation_steps", type=positive_int, help="optimizer steps between validations, instead")
+
+    add = parser.add_argument_group("logging, checkpoints, publishing").add_argument
+    trackers = [
+        "tensorboard",
+        "wandb",
+        "comet_ml",
+        "aim",
+        "mlflow",
+        "clearml",
+        "dvclive",
+        "swanlab",
+        "trackio",
+        "all",
+        "none",
+    ]
+    add("--report_to", default="tensorboard", choices=trackers, help="experiment tracker")
+    add("--tracker_project_name", default="text2image-fine-tune", help="name of the project in the tracker")
+    add("--logging_dir", default="logs", help="folder of metrics.jsonl and the tracker's files, in --output_dir")
+    add("--checkpointing_steps", type=natural_int, default=500, help="optimizer steps between checkpoints; 0: none")
+    add("--checkpoints_total_limit", type=positive_int, help="checkpoints to keep, the newest")
+    add("--resume_from_checkpoint", help="a checkpoint's path, or 'latest' for the newest whole one of --output_dir")
+    add("--push_to_hub", **switch, help="upload the result to the Hub")
+    add("--hub_model_id", help="repository to upload to (default: the name of --output_dir)")
+    add("--hub_token", help="token for the upload (default: your login)")
+    add("--hub_private_repo", **switch, help="create the repository private")
+
+    argv = sys.argv[1:] if argv is None else argv
+    for flag in REFUSED.keys() & {argument.split("=")[0] for argument in argv}:
+        parser.error(f"{flag}: {REFUSED[flag]}")
+    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config.add_argument("--config")
+    if path := config.parse_known_args(argv)[0].config:
+        read_config(parser, path)
+    args = parser.parse_args(argv)
+    check_args(parser, args)
+    return args
+
+
+def check_args(parser, args):
+    """Refuses what no flag's type can know to be wrong."""
+    if bool(args.dataset_name) == bool(args.train_data_dir):
+        parser.error("give the pictures by either --train_data_dir or --dataset_name")
+    if args.train_data_dir and not Path(args.train_data_dir).is_dir():
+        parser.error(f"--train_data_dir {args.train_data_dir} is not a folder")
+    if args.resolution % 8:
+        parser.error(f"--resolution {args.resolution} is no multiple of 8; {args.resolution // 8 * 8 + 8} is")
+    base = args.pretrained_model_name_or_path
+    if not Path(base).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base):
+        parser.error(f"--pretrained_model_name_or_path {base} is neither a folder nor a Hub id such as owner/name")
+    if args.validation_steps and args.validation_epochs:
+        parser.error("--validation_steps and --validation_epochs exclude each other")
+    if args.dream_training and args.prediction_type not in (None, "epsilon"):
+        parser.error(f"--dream_training needs epsilon prediction, not --prediction_type {args.prediction_type}")
+    if args.overwrite_output_dir and args.resume_from_checkpoint:
+        parser.error("--overwrite_output_dir starts anew, --resume_from_checkpoint goes on: give one of them")
+    resume = args.resume_from_checkpoint
+    if resume not in (None, "latest") and not Path(resume).is_dir() and not Path(args.output_dir, resume).is_dir():
+        parser.error(f"--resume_from_checkpoint {resume} is not a folder, neither here nor in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the slow imports, so that --help and a wrong flag answer at once
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it asks for torchvision, which nothing here needs
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+import bitsandbytes
+import datasets
+import diffusers
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel, compute_dream_and_update_latents, compute_snr
+from diffusers.utils import make_image_grid
+from huggingface_hub import ModelCardData, create_repo, upload_folder
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from tqdm.auto import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+VALIDATION_INFERENCE_STEPS = 25
+VALIDATION_DRAWS = 4  # noises and timesteps for each held-out picture
+UNSAVED = {"config", "hub_token", "overwrite_output_dir", "resume_from_checkpoint"}
+
+
+# Data
+
+
+def digest(*parts):
+    """Names what the parts say in 32 hexadecimal digits; bytes and arrays count as they are, the rest as text."""
+    blake = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        blake.update(part if isinstance(part, (bytes, np.ndarray)) else repr(part).encode())
+        blake.update(b"\0")
+    return blake.hexdigest()
+
+
+def read_folder(folder, caption_column):
+    """Lists the pictures under a folder with the captions that metadata files or .txt files beside them give."""
+    captions = {}
+    for metadata in [*folder.rglob("metadata.jsonl"), *folder.rglob("metadata.csv")]:
+        with open(metadata, newline="", encoding="utf-8") as lines:
+            try:
+                for row in csv.DictReader(lines) if metadata.suffix == ".csv" else map(json.loads, lines):
+                    captions[metadata.parent / row["file_name"]] = row[caption_column]
+            except KeyError as column:
+                raise SystemExit(f"{metadata} has no column {column}, but {list(row)}; see --caption_column.")
+            except ValueError as error:
+                raise SystemExit(f"{metadata} cannot be read: {error}")
+    for file in folder.rglob("*"):
+        if file.suffix.lower() in PICTURES and captions.get(file) is None:
+            beside = file.with_suffix(".txt")
+            captions[file] = beside.read_text(encoding="utf-8") if beside.is_file() else None
+    return [{"name": str(file), "rows": None, "captions": captions[file]} for file in sorted(captions)]
+
+
+def read_rows(args):
+    """Lists the rows of a Hub or parquet data set with their captions; the pictures stay encoded."""
+    try:
+        files = [str(file) for file in sorted(Path(args.train_data_dir or ".").rglob("*.parquet"))]
+        parquet = {"path": "parquet", "data_files": {"train": files}}
+        source = {"path": args.dataset_name, "name": args.dataset_config_name} if args.dataset_name else parquet
+        rows = datasets.load_dataset(**source, split="train", cache_dir=args.cache_dir)
+    except Exception as error:  # anything, from an unknown name to a broken file
+        raise SystemExit(f"The data set {args.dataset_name or args.train_data_dir} cannot be loaded: {error}")
+    for flag, column in (("--image_column", args.image_column), ("--caption_column", args.caption_column)):
+        if column not in rows.column_names:
+            raise SystemExit(f"{flag} {column} is not among the data set's columns {', '.join(rows.column_names)}.")
+    captions = rows[args.caption_column]
+    rows = rows.select_columns([args.image_column]).cast_column(args.image_column, datasets.Image(decode=False))
+    return [{"name": f"row {i}", "rows": rows, "row": i, "captions": captions[i]} for i in range(len(rows))]
+
+
+def read_records(args):
+    """Lists the captioned pictures of --dataset_name or --train_data_dir in an order that is the same everywhere."""
+    if args.dataset_name or any(Path(args.train_data_dir).rglob("*.parquet")):
+        records = read_rows(args)
+    else:
+        records = read_folder(Path(args.train_data_dir), args.caption_column)
+    if not records:
+        raise SystemExit(
+            f"{args.dataset_name or args.train_data_dir} holds no pictures ({' '.join(sorted(PICTURES))})."
+        )
+    for record in records:
+        captions = record["captions"] if isinstance(record["captions"], list) else [record["captions"]]
+        record["captions"] = [text.strip() for text in captions if isinstance(text, str) and text.strip()]
+    return records
+
+
+def read_bytes(record):
+    """Returns a record's encoded picture."""
+    if record["rows"] is None:
+        return Path(record["name"]).read_bytes()
+    (image,) = record["rows"][record["row"]].values()
+    return image["bytes"] or Path(image["path"]).read_bytes()
+
+
+def open_image(data):
+    """Decodes a picture to RGB: upright, transparency on white, 16-bit grey scaled instead of clipped."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def check_record(record):
+    """Returns the (digest, width, height) of a picture, or in words why it cannot be used."""
+    if not record["captions"]:
+        return "has no caption"
+    try:
+        data = read_bytes(record)
+        return (digest(data), *open_image(data).size) if data else "is empty (0 bytes)"
+    except FileNotFoundError:
+        return "is named in the metadata but is not there"
+    except UnidentifiedImageError:
+        return "is not a picture"
+    except Exception as error:  # Pillow raises nearly anything over a broken file
+        return f"cannot be decoded: {error}"
+
+
+def stamp(record):
+    """Names a picture's state without reading it: by its file's size and time, or its data set's fingerprint."""
+    if record["rows"] is not None:
+        return digest(record["rows"]._fingerprint, record["row"])
+    file = Path(record["name"])
+    return digest(str(file.absolute()), *((file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else ()))
+
+
+def check_records(accelerator, args, records, stop):
+    """Decodes every picture once, lists all bad ones, and returns the good ones with their "digest" and "size" (w, h).
+
+    A manifest of names, sizes and modification times in the cache folder spares unchanged files the next time.
+    """
+    manifest = (
+        cache_folder(args) / "checked" / digest(args.dataset_name, args.dataset_config_name, args.train_data_dir)
+    )
+    stamps = [stamp(record) for record in records]
+    known = {}
+    with contextlib.suppress(OSError, ValueError):  # there is none yet, or it is torn
+        known = json.loads(manifest.read_text())
+    unknown = [i for i, record in enumerate(records) if stamps[i] not in known or not record["captions"]]
+    mine = unknown[accelerator.process_index :: accelerator.num_processes]
+    results = []
+    with ThreadPoolExecutor() as pool:
+        checked = pool.map(check_record, [records[i] for i in mine])
+        for i, result in zip(mine, tqdm(checked, "checking", len(mine), disable=not accelerator.is_main_process)):
+            results.append((i, result))
+            if stop.signum:
+                pool.shutdown(cancel_futures=True)
+                break
+    results = sorted(gather_object(results))
+    stop.exit_if_asked()
+    bad = {i: result for i, result in results if isinstance(result, str)}
+    known.update({stamps[i]: result for i, result in results if i not in bad})
+    listing = "\n".join(
+        [f"{len(bad)} of {len(records)} pictures cannot be used:"]
+        + [f"  {records[i]['name']} {result}" for i, result in bad.items()]
+    )
+    if bad and (args.on_bad_image == "error" or len(bad) == len(records)):
+        raise SystemExit(f"{listing}\nMend or remove them, or leave them out by --on_bad_image skip.")
+    if bad:
+        accelerator.print(listing)
+    if not args.no_encoding_cache:
+        state = json.dumps({key: known[key] for key in stamps if key in known}).encode()
+        agree(manifest.parent, accelerator.is_main_process, replace_file, manifest, state)
+    good = [i for i in range(len(records)) if i not in bad]
+    return [{**records[i], "digest": known[stamps[i]][0], "size": known[stamps[i]][1:]} for i in good]
+
+
+def split_records(args, records, seed):
+    """Returns the pictures to train on, --max_train_samples at most, and --validation_samples held-out ones."""
+    if args.validation_samples >= min(len(records), args.max_train_samples or math.inf):
+        raise SystemExit(f"--validation_samples {args.validation_samples} leaves no picture to train on.")
+    if args.max_train_samples:
+        chosen = permutation(seed, 0, len(records))[: args.max_train_samples]
+        records = [records[i] for i in sorted(chosen)]
+    held_out = [i * len(records) // args.validation_samples for i in range(args.validation_samples)]
+    return [record for i, record in enumerate(records) if i not in held_out], [records[i] for i in held_out]
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(seed, epoch, size):
+    """The order of one pass over the data."""
+    # The third word keeps this apart from the samples' (seed, epoch, index), whose index is below size.
+    return np.random.default_rng((seed, epoch, size)).permutation(size)
+
+
+def step_keys(step, total_batch_size, size, seed):
+    """The (epoch, index) keys of an optimizer step, cut from one endless stream of shuffled passes over the data."""
+    places = range(step * total_batch_size, (step + 1) * total_batch_size)
+    return [(place // size, int(permutation(seed, place // size, size)[place % size])) for place in places]
+
+
+class Samples(torch.utils.data.Dataset):
+    """Samples by key (epoch, index), each a function of seed, key and picture, whatever the batch, worker or flags.
+
+    A sample holds float32 arrays of the latents' shape (4, h, w): "noise", "perturbation" and "posterior_noise";
+    "offset_noise" (4, 1, 1); "timesteps"; "caption" and its cached embeddings; and the latents' cached "mean" and
+    "std", or else "pixel_values" (3, resolution, resolution) in [-1, 1].
+    """
+
+    def __init__(self, args, records, seed, latent_shape, num_train_timesteps):
+        self.args, self.records, self.seed = args, records, seed
+        self.latent_shape, self.num_train_timesteps = latent_shape, num_train_timesteps
+        self.cached = {}  # files of variants' latents and captions' embeddings, filled by fill_cache
+
+    def __len__(self):
+        return len(self.records)
+
+    def place(self, key):
+        """Draws crop, flip and caption; returns the generator for the draws that follow, the variant, the caption."""
+        epoch, index = key
+        rng = np.random.default_rng((self.seed, epoch, index))
+        # Always all draws, in one order, so that a flag that is off shifts nothing.
+        left, top, flip, choice, drop = rng.random(5)
+        side, record = self.args.resolution, self.records[index]
+        width, height = (max(side, round(length * side / min(record["size"]))) for length in record["size"])
+        if self.args.center_crop:
+            left = top = 0.5
+        corner = (int(left * (width - side + 1)), int(top * (height - side + 1)))
+        variant = (index, (width, height), corner, bool(self.args.random_flip and flip < 0.5))
+        caption = record["captions"][int(choice * len(record["captions"]))]
+        return rng, variant, "" if drop < self.args.proportion_empty_prompts else caption
+
+    def pixels(self, variant):
+        """Resizes, crops and flips a picture to float32 in [-1, 1], shape (3, resolution, resolution)."""
+        index, size, (left, top), flip = variant
+        resample = Image.Resampling[self.args.image_interpolation_mode.removesuffix("_exact").upper()]
+        image = open_image(read_bytes(self.records[index])).resize(size, resample)
+        image = image.crop((left, top, left + self.args.resolution, top + self.args.resolution))
+        image = ImageOps.mirror(image) if flip else image
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous() / 127.5 - 1
+
+    def __getitem__(self, key):
+        rng, variant, caption = self.place(key)
+        example = {"caption": caption}
+        for name in ("posterior_noise", "noise", "perturbation"):
+            example[name] = rng.standard_normal(self.latent_shape, dtype=np.float32)
+        example["offset_noise"] = rng.standard_normal((self.latent_shape[0], 1, 1), dtype=np.float32)
+        example["timesteps"] = rng.integers(self.num_train_timesteps)
+        if variant not in self.cached:
+            example["pixel_values"] = self.pixels(variant)
+        for file in {variant, caption} & self.cached.keys():
+            example.update(load_file(self.cached[file]))
+        return example
+
+
+# Models and what the frozen ones make of the data
+
+
+def load_part(args, cls, subfolder, **kwargs):
+    """Loads a part of the base model in float32, from its .fp16 files where it has no others."""
+    kwargs = {"revision": args.revision, "cache_dir": args.cache_dir, "use_safetensors": True, **kwargs}
+    for variant in [args.variant] if args.variant else [None, "fp16"]:
+        try:
+            base = args.pretrained_model_name_or_path
+            return cls.from_pretrained(base, subfolder=subfolder, variant=variant, **kwargs)
+        except OSError as caught:
+            error = caught
+    raise SystemExit(f"{base} has no {subfolder} that loads from safetensors files: {error}")
+
+
+def load_models(args):
+    """Loads the base model: frozen encoders, the UNet to train, its average, and the noise schedules."""
+    base = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "cache_dir": args.cache_dir}
+    base["revision"] = args.revision
+    try:
+        index = StableDiffusionPipeline.load_config(**base)
+    except OSError as error:
+        raise SystemExit(f"The base model {args.pretrained_model_name_or_path} is not there: {error}")
+    if index["_class_name"] != "StableDiffusionPipeline":
+        raise SystemExit(
+            f"The base model is a {index['_class_name']}; this script trains Stable Diffusion 1.x and 2.x."
+        )
+    scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(**base, subfolder="scheduler")
+    prediction_type = args.prediction_type or scheduler.config.prediction_type
+    if args.dream_training and prediction_type != "epsilon":
+        raise SystemExit(f"--dream_training needs epsilon prediction, and the base model predicts {prediction_type}.")
+    models = SimpleNamespace(
+        scheduler=type(scheduler).from_config(scheduler.config, prediction_type=prediction_type),
+        noise_scheduler=DDPMScheduler.from_config(scheduler.config, prediction_type=prediction_type),
+        tokenizers=[CLIPTokenizer.from_pretrained(**base, subfolder="tokenizer")],
+        text_encoders=[load_part(args, CLIPTextModel, "text_encoder", dtype=torch.float32)],
+        vae=load_part(args, AutoencoderKL, "vae"),
+        unet=load_part(args, UNet2DConditionModel, "unet", revision=args.non_ema_revision or args.revision),
+        ema_unet=None,
+    )
+    if args.use_ema:
+        averaged = load_part(args, UNet2DConditionModel, "unet") if args.non_ema_revision else models.unet
+        config = {"model_cls": UNet2DConditionModel, "model_config": averaged.config}
+        models.ema_unet = EMAModel(averaged.parameters(), foreach=args.foreach_ema, **config)
+    models.vae_digest, models.text_digest = (
+        digest(*(tensor.contiguous().numpy() for model in group for tensor in model.state_dict().values()))
+        for group in ([models.vae], models.text_encoders)
+    )
+    return models
+
+
+def encode_pixels(vae, pixel_values):
+    """Returns "mean" and "std" of the latents' posterior, each (bsz, 4, h, w) in float32."""
+    # One picture a forward pass: a batch-mate changes the last bits.
+    posteriors = [vae.encode(pixels[None]).latent_dist for pixels in pixel_values]
+    return {name: torch.cat([getattr(p, name) for p in posteriors]).float() for name in ("mean", "std")}
+
+
+def encode_prompts(tokenizers, text_encoders, prompts):
+    """Returns the conditioning of some prompts: "encoder_hidden_states" (bsz, tokens, dim) in float32."""
+    hidden_states = []
+    for tokenizer, text_encoder in zip(tokenizers, text_encoders):
+        settings = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        ids = [tokenizer(prompt, **settings).input_ids.to(text_encoder.device) for prompt in prompts]
+        hidden_states.append(torch.cat([text_encoder(row)[0] for row in ids]).float())
+    return {"encoder_hidden_states": torch.cat(hidden_states, dim=-1)}
+
+
+def cache_folder(args):
+    """Where this machine keeps checked pictures, latents and embeddings between runs."""
+    home = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+    return Path(args.encoding_cache_dir or Path(home, "diffusion-training"))
+
+
+def replace_file(path, data):
+    """Writes bytes beside the path and renames, so that the file is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_bytes(data)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def fill_entry(models, file, samples, what):
+    """Computes the cache entry of a variant, or of a caption, unless it is there and whole."""
+    try:
+        load_file(file)
+    except (OSError, SafetensorError):  # there is none yet, or it is torn
+        if isinstance(what, str):
+            tensors = encode_prompts(models.tokenizers, models.text_encoders, [what])
+        else:
+            tensors = encode_pixels(models.vae, samples.pixels(what)[None].to(models.vae.device))
+        replace_file(file, save({name: tensor[0].cpu().contiguous() for name, tensor in tensors.items()}))
+
+
+@torch.no_grad()
+def fill_cache(accelerator, args, models, visits, stop):
+    """Runs the frozen encoders once for each input that this run will meet and that no cache entry holds yet.
+
+    visits: pairs of Samples and the keys that the run will take from them; ranks take turns, one input each.
+    """
+    for model in (models.vae, *models.text_encoders):
+        model.requires_grad_(False)
+        model.to(accelerator.device, memory_format=torch.channels_last)
+    if args.no_encoding_cache:
+        return
+    # The name of an entry says all that its bits depend on.
+    device = accelerator.device.type
+    setting = (accelerator.mixed_precision, device, torch.get_num_threads() if device == "cpu" else args.allow_tf32)
+    setting += tuple(version(library) for library in ("torch", "diffusers", "transformers", "Pillow"))
+    latents_setting = (*setting, models.vae_digest, args.resolution, args.image_interpolation_mode)
+    jobs, vae_is_done = {}, True
+    for samples, keys in visits:
+        places = [samples.place(key)[1:] for key in keys]
+        for caption in {caption for _, caption in places}:
+            samples.cached[caption] = cache_folder(args) / "prompts" / digest(*setting, models.text_digest, caption)
+        variants = {variant for variant, _ in places}
+        # An entry that is met less than twice costs more than it spares.
+        if len(places) < 2 * len(variants):
+            vae_is_done = False
+            variants = set()
+        for variant in variants:
+            name = digest(*latents_setting, samples.records[variant[0]]["digest"], *variant[1:])
+            samples.cached[variant] = cache_folder(args) / "latents" / name
+        jobs.update({file: (samples, what) for what, file in samples.cached.items()})
+    jobs = [(file, *jobs[file]) for file in sorted(jobs)]
+    with accelerator.autocast():
+        for i in tqdm(
+            range(0, len(jobs), accelerator.num_processes), "caching", disable=not accelerator.is_main_process
+        ):
+            job = jobs[i + accelerator.process_index] if i + accelerator.process_index < len(jobs) else ()
+            agree(cache_folder(args), bool(job), fill_entry, models, *job)
+            stop.exit_if_asked()
+    # What no step needs any more leaves the device.
+    for model in ([models.vae] if vae_is_done else []) + models.text_encoders:
+        model.to("cpu")
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def encode_batch(accelerator, models, batch):
+    """Brings a collated batch to the device and adds "latents", and the embeddings where no cache gave them."""
+    batch = {k: v.to(accelerator.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    with accelerator.autocast():
+        if "pixel_values" in batch:
+            batch.update(encode_pixels(models.vae, batch["pixel_values"]))
+        if "encoder_hidden_states" not in batch:
+            batch.update(encode_prompts(models.tokenizers, models.text_encoders, batch["caption"]))
+    # Every step draws anew from the posterior, also where its mean and std are cached.
+    batch["latents"] = (batch["mean"] + batch["std"] * batch["posterior_noise"]) * models.vae.config.scaling_factor
+    return batch
+
+
+# Objective
+
+
+def snr_weights(noise_scheduler, timesteps, snr_gamma):
+    """Min-SNR weights (bsz,) of the samples' losses for what the UNet predicts: arXiv:2303.09556, section 3.4."""
+    if snr_gamma is None:
+        return torch.ones_like(timesteps, dtype=torch.float32)
+    snr = compute_snr(noise_scheduler, timesteps)
+    divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[noise_scheduler.config.prediction_type]
+    return snr.clamp(max=snr_gamma) / divisor
+
+
+def compute_loss(models, batch, args):
+    """Returns each sample's loss (bsz,) for latents and noise (bsz, 4, h, w), timesteps (bsz,) and embeddings."""
+    latents, timesteps, noise_scheduler = batch["latents"], batch["timesteps"], models.noise_scheduler
+    noise = batch["noise"] + args.noise_offset * batch["offset_noise"]
+    # Input perturbation (arXiv:2301.11706): the input has a little more noise than the UNet is asked for.
+    noisy_latents = noise_scheduler.add_noise(
+        latents, noise + args.input_perturbation * batch["perturbation"], timesteps
+    )
+    velocity = noise_scheduler.get_velocity(latents, noise, timesteps)
+    prediction_type = noise_scheduler.config.prediction_type
+    target = {"epsilon": noise, "v_prediction": velocity, "sample": latents}[prediction_type]
+    conditioning = batch["encoder_hidden_states"]
+    if args.dream_training:
+        noisy_latents, target = compute_dream_and_update_latents(
+            models.unet,
+            noise_scheduler,
+            timesteps,
+            noise,
+            noisy_latents,
+            target,
+            conditioning,
+            args.dream_detail_preservation,
+        )
+    model_pred = models.unet(noisy_latents, timesteps, conditioning).sample
+    loss = F.mse_loss(model_pred.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+    return loss * snr_weights(noise_scheduler, timesteps, args.snr_gamma)
+
+
+# Validation
+
+
+def build_pipeline(accelerator, models):
+    """Puts the models together as the pipeline that is validated and saved."""
+    unet = accelerator.unwrap_model(models.unet, keep_torch_compile=False)
+    parts = {
+        "vae": models.vae,
+        "text_encoder": models.text_encoders[0],
+        "tokenizer": models.tokenizers[0],
+        "unet": unet,
+    }
+    unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline(**parts, scheduler=models.scheduler, **unused)
+
+
+@contextlib.contextmanager
+def weights_to_save(models):
+    """Swaps the averaged weights in, if there are any, and the training ones back afterwards."""
+    if models.ema_unet is not None:
+        models.ema_unet.store(models.params_to_optimize)
+        models.ema_unet.copy_to(models.params_to_optimize)
+    yield
+    if models.ema_unet is not None:
+        models.ema_unet.restore(models.params_to_optimize)
+
+
+def validation_keys(held_out):
+    """The keys under which the held-out pictures are measured: the same noises and timesteps every time."""
+    return [(draw, index) for draw in range(VALIDATION_DRAWS) for index in range(len(held_out))]
+
+
+@torch.no_grad()
+def log_validation(accelerator, args, models, held_out, state, stop):
+    """Logs the held-out loss and a grid of --validation_prompts, of which rank r draws every r-th in world size."""
+    pipeline = build_pipeline(accelerator, models)
+    pipeline.set_progress_bar_config(disable=True)
+    homes = [(model, model.device) for model in (models.vae, *models.text_encoders)]
+    trained, models.unet = models.unet, pipeline.unet.eval()
+    mine = slice(accelerator.process_index, None, accelerator.num_processes)
+    losses, images = [], []
+    with weights_to_save(models), accelerator.autocast():
+        for key in validation_keys(held_out)[mine]:
+            batch = encode_batch(accelerator, models, torch.utils.data.default_collate([held_out[key]]))
+            losses.append(compute_loss(models, batch, args).item())
+        pipeline.to(accelerator.device)
+        prompts = list(enumerate(args.validation_prompts or []))
+        for i, prompt in tqdm(prompts[mine], "sampling", leave=False, disable=not accelerator.is_main_process):
+            if not stop.signum:
+                settings = {"num_inference_steps": VALIDATION_INFERENCE_STEPS, "height": args.resolution}
+                settings |= {"width": args.resolution, "generator": torch.Generator().manual_seed(state.seed + i)}
+                images.append((i, pipeline(prompt, **settings).images[0]))
+    models.unet = trained.train()
+    for model, device in homes:
+        model.to(device)
+    losses = gather_object(losses)
+    if losses:
+        log_row(accelerator, args, {"step": state.global_step, "validation_loss": math.fsum(losses) / len(losses)})
+    images = [image for _, image in sorted(gather_object(images), key=lambda pair: pair[0])]
+    if accelerator.is_main_process and images and len(images) == len(prompts):
+        columns = math.ceil(math.sqrt(len(images)))
+        rows = math.ceil(len(images) / columns)
+        blank = Image.new("RGB", images[0].size, "white")
+        grid = make_image_grid(images + [blank] * (rows * columns - len(images)), rows, columns)
+        grid.save(Path(args.output_dir, "samples", f"step-{state.global_step:06d}.png"))
+        for tracker in accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"validation": np.stack(images)}, step=state.global_step, **layout)
+
+
+def log_row(accelerator, args, row):
+    """Appends a row of numbers to metrics.jsonl and sends it to the trackers."""
+    if accelerator.is_main_process:
+        with open(Path(args.output_dir, args.logging_dir, "metrics.jsonl"), "a") as metrics:
+            metrics.write(json.dumps(row) + "\n")
+    accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+
+
+def log_steps(accelerator, args, samples, progress_bar, unread, keep):
+    """Reads and logs finished steps until only keep are unread; returns whether any rank was asked to stop."""
+    asked_to_stop = False
+    while len(unread) > keep:
+        row, keys, numbers = unread.pop(0)
+        row["loss"], row["grad_norm"], skipped, asked = numbers.tolist()  # waits for the device
+        if not skipped and not math.isfinite(row["loss"] + row["grad_norm"]):
+            names = "\n  ".join(sorted({samples.records[index]["name"] for _, index in keys}))
+            raise SystemExit(
+                f"Step {row['step']} has a loss of {row['loss']} and a gradient norm of {row['grad_norm']}, so the run "
+                f"stops; earlier checkpoints are good. Lower the learning rate, or look at its pictures:\n  {names}"
+            )
+        log_row(accelerator, args, row)
+        progress_bar.update()
+        progress_bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_second']:.1f} images/s")
+        asked_to_stop |= asked > 0
+    return asked_to_stop
+
+
+# Checkpoints and stopping
+
+
+class StopFlag:
+    """Remembers the first signal that asks the run to stop; a second SIGINT stops at once."""
+
+    def __init__(self):
+        self.signum = 0
+        for name in {"SIGTERM", "SIGINT", "SIGUSR1"} & set(dir(signal)):
+            signal.signal(getattr(signal, name), self.set)
+        # accelerate's launcher forwards nothing to a lone process, so a parent that vanishes counts as SIGTERM.
+        if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ:
+            PR_SET_PDEATHSIG = 1
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    def set(self, signum, frame):
+        if signum == self.signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signum = self.signum or signum
+
+    def exit_if_asked(self):
+        """Ends every rank with 128 + signal if one was asked to stop; all ranks call this together."""
+        if signum := max(gather_object([self.signum])):
+            raise SystemExit(128 + signum)
+
+
+def ignore_signals(worker):
+    """Leaves signals to the main process: a loader worker that they killed would take the run with it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def agree(folder, here, function, *arguments):
+    """Calls a function that may write to a folder, where here is true; all ranks end if it fails on one.
+
+    Returns rank 0's result on every rank.
+    """
+    result, problem = None, None
+    try:
+        result = function(*arguments) if here else None
+    except SystemExit as refusal:
+        problem = str(refusal)
+    except Exception as error:  # a full disk raises OSError, torch.save's RuntimeError or SafetensorError
+        there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+        free = shutil.disk_usage(there).free / 2**30
+        problem = f"Writing to {folder}, where {free:.2f} GiB are free, failed: {error}"
+    # All hear of it here, before any waits in a barrier for the one that failed.
+    answers = gather_object([(result, problem)])
+    for _, problem in answers:
+        if problem is not None:
+            raise SystemExit(problem)
+    return answers[0][0]
+
+
+def save_weights(accelerator, models, folder):
+    """Writes a checkpoint's models, each in a folder that diffusers loads."""
+    accelerator.unwrap_model(models.unet, keep_torch_compile=False).save_pretrained(folder / "unet")
+    if models.ema_unet is not None:
+        models.ema_unet.save_pretrained(folder / "unet_ema")
+
+
+def load_weights(accelerator, models, folder):
+    """Reads a checkpoint's models into those that are being trained."""
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True)
+    accelerator.unwrap_model(models.unet, keep_torch_compile=False).load_state_dict(unet.state_dict())
+    if models.ema_unet is not None:
+        averaged = UNet2DConditionModel.from_pretrained(folder / "unet_ema", use_safetensors=True)
+        for shadow, parameter in zip(models.ema_unet.shadow_params, averaged.parameters()):
+            shadow.copy_(parameter.data)
+
+
+def write_checkpoint(accelerator, args, models, state, folder):
+    """Writes what a checkpoint holds: the models, the optimizer's state, the metrics so far, the run's state."""
+    accelerator.save_state(folder)
+    if accelerator.is_main_process:
+        save_weights(accelerator, models, folder)
+        shutil.copy(Path(args.output_dir, args.logging_dir, "metrics.jsonl"), folder)
+        (folder / "state.json").write_text(json.dumps(vars(state)))
+
+
+def numbered_checkpoints(output_dir):
+    """Lists a folder's checkpoints by rising number; only names checkpoint-<number> count."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def is_whole(checkpoint):
+    """Tells whether all that a checkpoint's manifest names is there in full."""
+    try:
+        sizes = json.loads((checkpoint / "manifest.json").read_text())
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def seal_checkpoint(folder, target, limit):
+    """Makes a written folder the checkpoint: manifest last, all on the disk, renamed; then prunes the older ones."""
+    for pickled in folder.glob("random_states_*.pkl"):  # every draw is seeded by its step, so nothing reads these
+        pickled.unlink()
+    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+    (folder / "manifest.json").write_text(json.dumps(sizes))
+    if os.name == "posix":
+        for path in (*folder.rglob("*"), folder):
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+    if target.exists():  # an earlier run got as far, and this one was resumed before it
+        shutil.rmtree(target)
+    os.replace(folder, target)
+    checkpoints = numbered_checkpoints(target.parent)
+    for path in checkpoints[: checkpoints.index(target) + 1][:-limit] if limit else []:
+        shutil.rmtree(path)
+
+
+def save_checkpoint(accelerator, args, models, state):
+    """Writes checkpoint-<global_step> beside its place and renames it, so that it is whole or not there."""
+    target = Path(args.output_dir, f"checkpoint-{state.global_step}")
+    folder = Path(args.output_dir, f".checkpoint-{state.global_step}.tmp")
+    main_process = accelerator.is_main_process
+    # DeepSpeed's ranks each hold a part of the optimizer's state; otherwise one has it all.
+    writes = main_process or accelerator.distributed_type == DistributedType.DEEPSPEED
+    try:
+        agree(args.output_dir, writes, write_checkpoint, accelerator, args, models, state, folder)
+        agree(args.output_dir, main_process, seal_checkpoint, folder, target, args.checkpoints_total_limit)
+    finally:
+        if main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def find_checkpoint(args):
+    """Returns the checkpoint to resume from, or None; refuses a folder that holds another run."""
+    resume, numbered = args.resume_from_checkpoint, numbered_checkpoints(args.output_dir)
+    if resume is None and not args.overwrite_output_dir and (numbered or Path(args.output_dir, "README.md").exists()):
+        raise SystemExit(
+            f"{args.output_dir} holds another run: go on with it by --resume_from_checkpoint latest, "
+            "start anew and delete its checkpoints by --overwrite_output_dir, or choose another --output_dir."
+        )
+    for path in numbered if args.overwrite_output_dir else []:
+        shutil.rmtree(path)
+    if resume not in (None, "latest"):
+        path = Path(resume) if Path(resume).is_dir() else Path(args.output_dir, resume)
+        if not is_whole(path):
+            raise SystemExit(
+                f"--resume_from_checkpoint {path} is not a whole checkpoint; 'latest' finds the newest one."
+            )
+        return path
+    for path in reversed(numbered) if resume else []:
+        if is_whole(path):
+            return path
+        print(f"Passing over {path}: it is not whole.")
+    if resume:
+        print(f"{args.output_dir} has no checkpoint to resume from: starting at step 0.")
+    return None
+
+
+def begin_run(accelerator, args):
+    """Returns the checkpoint to resume from, or None, and the run's state: seed, steps done, tracker id."""
+    checkpoint = agree(args.output_dir, accelerator.is_main_process, find_checkpoint, args)
+    if checkpoint is None:
+        drawn = agree(args.output_dir, True, secrets.randbits, 64)
+        seed = drawn % 2**32 if args.seed is None else args.seed
+        return None, SimpleNamespace(global_step=0, optimizer_steps=0, seed=seed, tracker_id=f"{drawn:016x}")
+    state = SimpleNamespace(**json.loads((checkpoint / "state.json").read_text()))
+    if args.seed not in (None, state.seed):
+        raise SystemExit(f"{checkpoint} was trained with --seed {state.seed}, so it cannot go on with {args.seed}.")
+    accelerator.print(f"Resuming from {checkpoint}.")
+    return checkpoint, state
+
+
+def check_resumed(accelerator, args, state, identity):
+    """Refuses to go on with another script, base model or data set; lists other flags that have changed."""
+    for what, now in identity.items():
+        if getattr(state, "identity", identity)[what] != now:
+            raise SystemExit(f"The checkpoint was trained with another {what}: use the same, or start a new run.")
+    for name, before in getattr(state, "args", {}).items():
+        if name != "seed" and getattr(args, name, before) != before:
+            accelerator.print(f"  --{name} was {before} and is now {getattr(args, name)}")
+    args.seed, state.identity = state.seed, identity
+    state.args = {name: value for name, value in vars(args).items() if name not in UNSAVED}
+
+
+def load_checkpoint(accelerator, models, optimizer, state, checkpoint):
+    """Brings models and optimizer to where the checkpoint left them; given flags win over the checkpoint's."""
+    given = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
+    load_weights(accelerator, models, checkpoint)
+    accelerator.load_state(checkpoint)
+    for group, flags in zip(optimizer.param_groups, given):
+        group.update(flags, initial_lr=flags["lr"])
+    if models.ema_unet is not None:
+        models.ema_unet.optimization_step = state.optimizer_steps
+
+
+# Publishing
+
+
+def save_model(accelerator, args, models):
+    """Writes the pipeline, of the averaged weights if there are any."""
+    with weights_to_save(models):
+        build_pipeline(accelerator, models).save_pretrained(args.output_dir)
+
+
+def loading_code(args, name):
+    """Returns the lines that load the result by its name and make a picture."""
+    return (
+        "from diffusers import StableDiffusionPipeline\n\n"
+        f"pipeline = StableDiffusionPipeline.from_pretrained({name!r})\n"
+        f"prompt = {(args.validation_prompts or ['a photo'])[0]!r}\n"
+        f"pipeline(prompt, height={args.resolution}, width={args.resolution}).images[0].save('picture.png')"
+    )
+
+
+def draw_curve(losses, path):
+    """Draws losses over the steps, averaged to at most 64 points, as a picture of 640 x 200 pixels."""
+    points = [float(np.mean(part)) for part in np.array_split(losses, min(64, len(losses)))]
+    low, height, width = min(points), max(points) - min(points) or 1.0, len(points) - 1 or 1
+    image = Image.new("RGB", (640, 200), "white")
+    draw = ImageDraw.Draw(image)
+    draw.line([(60 + 570 * i / width, 185 - 170 * (y - low) / height) for i, y in enumerate(points)], "blue", 2)
+    draw.text((4, 8), f"{max(points):.4f}", "black")
+    draw.text((4, 178), f"{low:.4f}", "black")
+    image.save(path)
+
+
+def write_model_card(args, state, repo_id):
+    """Writes README.md: base, data, settings, loss curve, sample grid, and how to load the result."""
+    folder = Path(args.output_dir)
+    rows = [json.loads(line) for line in (folder / args.logging_dir / "metrics.jsonl").read_text().splitlines()]
+    draw_curve([row["loss"] for row in rows if "loss" in row], folder / "samples" / "loss.png")
+    # Paths of this machine stay out of what may be published.
+    base, data = (
+        (Path(name).resolve().name, None) if not name or Path(name).exists() else (name, name)
+        for name in (args.pretrained_model_name_or_path, args.dataset_name or "")
+    )
+    header = ModelCardData(
+        base_model=base[1],
+        datasets=data[1],
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["stable-diffusion"],
+    )
+    settings = {n: v for n, v in state.args.items() if isinstance(v, (bool, int, float)) and v is not False}
+    card = [f"---\n{header.to_yaml()}\n---\n\n# {repo_id}"]
+    card += [f"{base[0]}, fine-tuned on {data[1] or 'local pictures'}; the base model's licence applies."]
+    card += ["## Load it", f"```python\n{loading_code(args, repo_id)}\n```", "## Training"]
+    grids = sorted((folder / "samples").glob("step-*.png"))
+    card += [f"![samples](samples/{grids[-1].name})", *(f"- {p}" for p in args.validation_prompts)] if grids else []
+    card += [f"{state.global_step} steps, seed {state.seed}.", "![loss](samples/loss.png)"]
+    card += [f"Held-out loss at step {r['step']}: {r['validation_loss']:.4f}" for r in rows if "validation_loss" in r]
+    card += ["| setting | value |\n|---|---|\n" + "\n".join(f"| {n} | {v} |" for n, v in settings.items()) + "\n"]
+    replace_file(folder / "README.md", "\n\n".join(card).encode())
+
+
+def with_retries(call, args, repo_id, **kwargs):
+    """Calls the Hub, and again after passing failures, five times at most."""
+    for wait in (1, 2, 4, 8, 0):
+        try:
+            return call(repo_id=repo_id, token=args.hub_token, **kwargs)
+        except Exception as error:  # HTTP, connection and Xet errors have no class in common
+            status = getattr(getattr(error, "response", None), "status_code", 500)
+            if wait == 0 or (status < 500 and status not in (408, 429)):
+                raise SystemExit(
+                    f"{repo_id} on the Hub: {error}\nNothing is lost. When training is done, this uploads by hand: hf upload {repo_id} "
+                    f"{args.output_dir} --exclude 'checkpoint-*' '{args.logging_dir}/*' train_args.yaml"
+                )
+            time.sleep(wait)
+
+
+def open_repository(args):
+    """Creates the repository on the Hub, so that a wrong name or token is said before the work; returns its id."""
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    return with_retries(create_repo, args, name, private=args.hub_private_repo or None, exist_ok=True).repo_id
+
+
+def publish(args, repo_id):
+    """Uploads the result, without checkpoints, logs and the arguments with their local paths."""
+    left_out = ["checkpoint-*", ".checkpoint-*", f"{args.logging_dir}/*", "train_args.yaml"]
+    folder = {"folder_path": args.output_dir, "ignore_patterns": left_out}
+    with_retries(upload_folder, args, repo_id, commit_message="End of training", **folder)
+
+
+# Training
+
+
+def make_accelerator(args):
+    """Builds the Accelerator; refuses a launch whose processes do not know of each other."""
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=Path(args.output_dir, args.logging_dir),
+        # Otherwise DDP sorts its buckets anew after a first step, and a resumed run adds up in another order.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
+        raise SystemExit(
+            f"The launcher started {os.environ['WORLD_SIZE']} processes, each of which would train alone. "
+            "On CPUs, set ACCELERATE_USE_CPU=true; on GPUs, start no more processes than there are GPUs."
+        )
+    # save_weights and load_weights do the models, so that diffusers can load them from a checkpoint.
+    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+def total_batch_size(accelerator, args):
+    """Pictures in an optimizer step, over all processes."""
+    return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+
+
+def prepare_training(accelerator, args, models):
+    """Brings the UNet, its average and a new optimizer to the device; returns the optimizer."""
+    models.unet.to(accelerator.device, memory_format=torch.channels_last)
+    if args.gradient_checkpointing:
+        models.unet.enable_gradient_checkpointing()
+    if args.enable_xformers_memory_efficient_attention:
+        try:
+            models.unet.enable_xformers_memory_efficient_attention()
+        except Exception as error:  # it is missing, built for another torch, or there is no GPU
+            accelerator.print(f"xformers cannot be used ({error}), so PyTorch's own attention is.")
+    models.params_to_optimize = list(models.unet.parameters())
+    if models.ema_unet is not None and not args.offload_ema:
+        models.ema_unet.to(accelerator.device)
+    settings = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    settings |= {"weight_decay": args.adam_weight_decay}
+    settings |= {"lr": args.learning_rate * (total_batch_size(accelerator, args) if args.scale_lr else 1)}
+    adam = bitsandbytes.optim.AdamW8bit if args.use_8bit_adam else functools.partial(torch.optim.AdamW, fused=True)
+    optimizer = adam(models.params_to_optimize, **settings)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # no prepared dataloader tells it these
+        accelerator.state.deepspeed_plugin.deepspeed_config.update(
+            train_micro_batch_size_per_gpu=args.train_batch_size,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            gradient_clipping=args.max_grad_norm,
+        )
+    models.unet, optimizer = accelerator.prepare(models.unet, optimizer)
+    return optimizer
+
+
+def start_logging(accelerator, args, state, checkpoint):
+    """Starts metrics.jsonl, or takes the checkpoint's, and the trackers; writes train_args.yaml."""
+    output_dir, logging_dir = Path(args.output_dir), Path(args.output_dir, args.logging_dir)
+    if accelerator.is_main_process:
+        for left in output_dir.glob(".checkpoint-*.tmp"):  # by a run that was killed as it wrote
+            shutil.rmtree(left)
+        (output_dir / "samples").mkdir(parents=True, exist_ok=True)
+        replace_file(logging_dir / "metrics.jsonl", (checkpoint / "metrics.jsonl").read_bytes() if checkpoint else b"")
+        libraries = ("torch", "diffusers", "transformers", "accelerate", "datasets", "bitsandbytes")
+        notes = "".join(f"# {library} {version(library)}\n" for library in libraries)
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):  # git is missing, or this is no checkout
+            git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+            notes += f"# commit {subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL)}"
+        replace_file(output_dir / "train_args.yaml", (notes + yaml.safe_dump(state.args, sort_keys=False)).encode())
+    if args.hub_token:  # wandb keeps the command line
+        sys.argv = [argument.replace(args.hub_token, "***") for argument in sys.argv]
+    config = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in state.args.items()}
+    wandb = {"id": state.tracker_id, "resume": "allow", "dir": str(logging_dir)}
+    tensorboard = {"purge_step": state.global_step + 1 if checkpoint else 0}  # hides what an earlier end logged later
+    accelerator.init_trackers(args.tracker_project_name, config, {"wandb": wandb, "tensorboard": tensorboard})
+
+
+def print_header(accelerator, args, models, samples, held_out, state):
+    """Says what the run will do and cost; refuses it if its first checkpoint cannot fit on the disk."""
+    # Four bytes a weight, four more for its average, and AdamW's two moments of four bytes, or of one.
+    bytes_a_weight = 4 + 4 * args.use_ema + (2 if args.use_8bit_adam else 8)
+    needed = sum(parameter.numel() for parameter in models.params_to_optimize) * bytes_a_weight / 2**30
+    free = shutil.disk_usage(args.output_dir).free / 2**30
+    size = sum(file.stat().st_size for file in {*samples.cached.values()}) / 2**30
+    latents = any(isinstance(what, tuple) for what in samples.cached)
+    why = "" if latents or args.no_encoding_cache else "; no latents, as few crops are met twice (see --center_crop)"
+    accelerator.print(
+        f"pictures   {len(samples)} to train on, {len(held_out)} held out, {args.resolution} x {args.resolution}\n"
+        f"batch      {total_batch_size(accelerator, args)} = {args.train_batch_size} a process x "
+        f"{accelerator.num_processes} processes x {args.gradient_accumulation_steps} accumulated\n"
+        f"steps      {state.global_step} done of {args.max_train_steps}; seed {state.seed}, "
+        f"precision {accelerator.mixed_precision}, on {accelerator.device}\n"
+        f"cache      {'off' if args.no_encoding_cache else f'{size:.3f} GiB in {cache_folder(args)}'}{why}\n"
+        f"disk       {needed:.2f} GiB a checkpoint, {free:.1f} GiB free"
+    )
+    if args.checkpointing_steps and needed > free:
+        raise SystemExit(f"A checkpoint needs {needed:.2f} GiB, and {args.output_dir} has {free:.2f} GiB free.")
+
+
+def load_batches(accelerator, args, samples, keys_of, state):
+    """Yields this rank's batches of the steps that are left: its slice of a step's keys for each micro-step."""
+    rank, world_size, batch_size = accelerator.process_index, accelerator.num_processes, args.train_batch_size
+    batch_keys = (
+        keys_of(step)[(micro_step * world_size + rank) * batch_size :][:batch_size]
+        for step in range(state.global_step, args.max_train_steps)
+        for micro_step in range(args.gradient_accumulation_steps)
+    )
+    settings = {"num_workers": args.dataloader_num_workers, "worker_init_fn": ignore_signals}
+    pin_memory = accelerator.device.type == "cuda"
+    return iter(torch.utils.data.DataLoader(samples, batch_sampler=batch_keys, pin_memory=pin_memory, **settings))
+
+
+def update_ema(accelerator, args, models):
+    """Moves the averaged weights, if there are any, towards the trained ones."""
+    if models.ema_unet is not None:
+        models.ema_unet.to(accelerator.device)
+        models.ema_unet.step(models.params_to_optimize)
+        models.ema_unet.to("cpu" if args.offload_ema else accelerator.device)
+
+
+def memory_gib(accelerator):
+    """Peak memory of the GPU, or the process's memory now on a CPU, in GiB."""
+    if accelerator.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+
+
+def train(accelerator, args, models, optimizer, lr_scheduler, samples, held_out, keys_of, state, stop):
+    """Takes the optimizer steps that are left, logging, validating and saving as asked; a signal ends it early."""
+    batches = load_batches(accelerator, args, samples, keys_of, state)
+    validates = bool(args.validation_prompts or len(held_out))
+    if validates and state.global_step == 0:
+        log_validation(accelerator, args, models, held_out, state, stop)
+    quiet = not accelerator.is_main_process
+    progress_bar = tqdm(desc="training", total=args.max_train_steps, initial=state.global_step, disable=quiet)
+    models.unet.train()
+    unread = []  # finished steps: their row, their keys, and their numbers, which are still on the device
+    then = time.perf_counter()
+    for step in range(state.global_step, args.max_train_steps):
+        loss = torch.zeros((), device=accelerator.device)
+        for micro_step in range(args.gradient_accumulation_steps):
+            # Only dropout inside the models draws from the global generator.
+            torch.manual_seed(int(digest(state.seed, step, micro_step, accelerator.process_index)[:8], 16))
+            batch = encode_batch(accelerator, models, next(batches))
+            with accelerator.accumulate(models.unet):
+                micro_loss = compute_loss(models, batch, args).mean()
+                accelerator.backward(micro_loss)
+                loss += micro_loss.detach() / args.gradient_accumulation_steps
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(models.params_to_optimize, args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+        row = {"step": step + 1, "lr": lr_scheduler.get_last_lr()[0]}
+        skipped = accelerator.optimizer_step_was_skipped  # after an overflow that the scaler of fp16 handles
+        state.global_step = step + 1
+        if not skipped:
+            state.optimizer_steps += 1
+            lr_scheduler.step()
+            update_ema(accelerator, args, models)
+        row["images_per_second"] = len(keys_of(step)) / (time.perf_counter() - then)
+        row["memory_gib"] = memory_gib(accelerator)
+        numbers = [loss, grad_norm, skipped, stop.signum > 0]
+        numbers = torch.stack([torch.as_tensor(n, dtype=torch.float32, device=accelerator.device) for n in numbers])
+        unread.append((row, keys_of(step), accelerator.reduce(numbers, "mean")))
+        finished = state.global_step == args.max_train_steps
+        validate = validates and (finished or state.global_step % args.validation_steps == 0)
+        save = args.checkpointing_steps and state.global_step % args.checkpointing_steps == 0
+        # Read one step late, so that the device never waits, or at once where something follows from the numbers.
+        keep = 0 if validate or save or finished else 1
+        asked_to_stop = log_steps(accelerator, args, samples, progress_bar, unread, keep)
+        if validate:
+            log_validation(accelerator, args, models, held_out, state, stop)
+        asked_to_stop |= accelerator.num_processes == 1 and stop.signum > 0
+        if asked_to_stop:
+            log_steps(accelerator, args, samples, progress_bar, unread, keep=0)
+        if save or asked_to_stop:
+            save_checkpoint(accelerator, args, models, state)
+        if asked_to_stop:
+            stop.exit_if_asked()
+        then = time.perf_counter()
+    progress_bar.close()
+
+
+def run(accelerator, args, stop):
+    """The stages of a run, from the flags to what it leaves."""
+    checkpoint, state = begin_run(accelerator, args)
+    main_process, repo_id = accelerator.is_main_process, Path(args.output_dir).resolve().name
+    if args.push_to_hub:
+        repo_id = agree(args.output_dir, main_process, open_repository, args)
+
+    # Data.
+    records = check_records(accelerator, args, read_records(args), stop)
+    records, held_out_records = split_records(args, records, state.seed)
+    total = total_batch_size(accelerator, args)
+    steps_per_epoch = math.ceil(len(records) / total)
+    args.max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    args.validation_steps = args.validation_steps or (args.validation_epochs or 5) * steps_per_epoch
+    args.validation_epochs = None
+    keys_of = functools.partial(step_keys, total_batch_size=total, size=len(records), seed=state.seed)
+
+    # Models.
+    models = load_models(args)
+    shapes = [parameter.shape for parameter in models.unet.parameters()]
+    identity = {
+        "script": Path(__file__).stem,
+        "base model": digest(models.vae_digest, models.text_digest, shapes),
+        "data set": digest([(record["digest"], record["captions"]) for record in records]),
+    }
+    check_resumed(accelerator, args, state, identity)
+
+    # What the frozen ones make of the data.
+    side = args.resolution // 2 ** (len(models.vae.config.block_out_channels) - 1)
+    settings = ((models.vae.config.latent_channels, side, side), models.noise_scheduler.config.num_train_timesteps)
+    samples, held_out = Samples(args, records, state.seed, *settings), Samples(args, held_out_records, 0, *settings)
+    keys = [key for step in range(state.global_step, args.max_train_steps) for key in keys_of(step)]
+    visits = [(samples, keys), (held_out, 2 * validation_keys(held_out))]  # at least before and after
+    fill_cache(accelerator, args, models, visits, stop)
+
+    # Training.
+    optimizer = prepare_training(accelerator, args, models)
+    if checkpoint:
+        load_checkpoint(accelerator, models, optimizer, state, checkpoint)
+    steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps, last_epoch=state.optimizer_steps - 1)
+    agree(args.output_dir, True, start_logging, accelerator, args, state, checkpoint)
+    print_header(accelerator, args, models, samples, held_out, state)
+    train(accelerator, args, models, optimizer, lr_scheduler, samples, held_out, keys_of, state, stop)
+
+    # What it leaves.
+    agree(args.output_dir, main_process, save_model, accelerator, args, models)
+    agree(args.output_dir, main_process, write_model_card, args, state, repo_id)
+    accelerator.print(f"The result is in {args.output_dir}. To load it:\n\n{loading_code(args, args.output_dir)}\n")
+    agree(args.output_dir, main_process and args.push_to_hub, publish, args, repo_id)
+
+
+def main(args):
+    """Fine-tunes as the arguments say; exits with 128 + signal when told to stop."""
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    accelerator = make_accelerator(args)
+    try:
+        run(accelerator, args, StopFlag())
+    except SystemExit as end:  # every rank ends so, and one says why
+        raise SystemExit(end.code if accelerator.is_main_process or isinstance(end.code, int) else 1) from None
+    finally:
+        accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(args)
