@@ -378,7 +378,8 @@ def check_records(accelerator, args, records, stop):
     results = []
     with ThreadPoolExecutor() as pool:
         checked = pool.map(check_record, [records[i] for i in mine])
-        for i, result in zip(mine, tqdm(checked, "checking", len(mine), disable=not accelerator.is_main_process)):
+        quiet = not mine or not accelerator.is_main_process
+        for i, result in zip(mine, tqdm(checked, "checking", len(mine), disable=quiet)):
             results.append((i, result))
             if stop.signum:
                 pool.shutdown(cancel_futures=True)
@@ -816,7 +817,7 @@ def agree(folder, here, function, *arguments):
         result = function(*arguments) if here else None
     except SystemExit as refusal:
         problem = str(refusal)
-    except Exception as error:  # a full disk raises OSError, torch.save's RuntimeError or SafetensorError
+    except (OSError, RuntimeError, SafetensorError) as error:  # all of these are said of a full disk
         there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
         free = shutil.disk_usage(there).free / 2**30
         problem = f"Writing to {folder}, where {free:.2f} GiB are free, failed: {error}"
@@ -911,8 +912,11 @@ def find_checkpoint(args):
             f"{args.output_dir} holds another run: go on with it by --resume_from_checkpoint latest, "
             "start anew and delete its checkpoints by --overwrite_output_dir, or choose another --output_dir."
         )
-    for path in numbered if args.overwrite_output_dir else []:
-        shutil.rmtree(path)
+    if args.overwrite_output_dir:
+        for path in numbered:
+            shutil.rmtree(path)
+        for grid in Path(args.output_dir, "samples").glob("step-*.png"):
+            grid.unlink()
     if resume not in (None, "latest"):
         path = Path(resume) if Path(resume).is_dir() else Path(args.output_dir, resume)
         if not is_whole(path):

@@ -4,6 +4,7 @@ import atexit
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -29,6 +30,7 @@ import pytest
 import torch
 from hub_server import Hub
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 
 
 torch.set_num_threads(1)
@@ -116,6 +118,37 @@ def make_model(folder: Path) -> Path:
     )
     pipeline.save_pretrained(folder)
     return folder
+
+
+def run(script, *flags) -> None:
+    """Run a script's main in this process, as a fresh process would: nothing is left of earlier runs."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        script.main(script.parse_args([str(flag) for flag in flags]))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the safetensors files under a folder, by file and name."""
+    files = sorted(Path(folder).rglob("*.safetensors"))
+    return {f"{file.relative_to(folder)}:{name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def same(first: dict, second: dict) -> bool:
+    """Whether two sets of tensors are equal bit for bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def metrics(output_dir: Path, name: str) -> list[tuple[int, float]]:
+    """The logged (step, value) pairs of a quantity."""
+    rows = map(json.loads, (Path(output_dir) / "logs" / "metrics.jsonl").read_text().splitlines())
+    return [(row["step"], row[name]) for row in rows if name in row]
 
 
 @pytest.fixture(scope="session")
