@@ -16,7 +16,6 @@ import contextlib
 import csv
 import ctypes
 import functools
-import gc
 import hashlib
 import io
 import json
@@ -30,7 +29,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -163,19 +161,7 @@ def parse_args(argv=None):
     add("--validation_steps", type=positive_int, help="optimizer steps between validations, instead")
 
     add = parser.add_argument_group("logging, checkpoints, publishing").add_argument
-    trackers = [
-        "tensorboard",
-        "wandb",
-        "comet_ml",
-        "aim",
-        "mlflow",
-        "clearml",
-        "dvclive",
-        "swanlab",
-        "trackio",
-        "all",
-        "none",
-    ]
+    trackers = "tensorboard wandb comet_ml aim mlflow clearml dvclive swanlab trackio all none".split()
     add("--report_to", default="tensorboard", choices=trackers, help="experiment tracker")
     add("--tracker_project_name", default="text2image-fine-tune", help="name of the project in the tracker")
     add("--logging_dir", default="logs", help="folder of metrics.jsonl and the tracker's files, in --output_dir")
@@ -237,20 +223,20 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_dream_and_update_latents, compute_snr
 from diffusers.utils import make_image_grid
 from huggingface_hub import ModelCardData, create_repo, upload_folder
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
-from transformers import CLIPTextModel, CLIPTokenizer
+from tqdm.contrib.concurrent import thread_map
 
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-VALIDATION_INFERENCE_STEPS = 25
+VALIDATION_STEPS = 25  # of the sampler
 VALIDATION_DRAWS = 4  # noises and timesteps for each held-out picture
 UNSAVED = {"config", "hub_token", "overwrite_output_dir", "resume_from_checkpoint"}
 
@@ -338,8 +324,10 @@ def open_image(data):
     return image.convert("RGB")
 
 
-def check_record(record):
+def check_record(record, stop):
     """Returns the (digest, width, height) of a picture, or in words why it cannot be used."""
+    if stop.signum:
+        return "is unchecked"
     if not record["captions"]:
         return "has no caption"
     try:
@@ -355,10 +343,12 @@ def check_record(record):
 
 def stamp(record):
     """Names a picture's state without reading it: by its file's size and time, or its data set's fingerprint."""
-    if record["rows"] is not None:
-        return digest(record["rows"]._fingerprint, record["row"])
     file = Path(record["name"])
-    return digest(str(file.absolute()), *((file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else ()))
+    if record["rows"] is not None:
+        state = (record["rows"]._fingerprint, record["row"])
+    else:
+        state = (str(file.absolute()), *((file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else ()))
+    return digest(*state, bool(record["captions"]))
 
 
 def check_records(accelerator, args, records, stop):
@@ -373,32 +363,23 @@ def check_records(accelerator, args, records, stop):
     known = {}
     with contextlib.suppress(OSError, ValueError):  # there is none yet, or it is torn
         known = json.loads(manifest.read_text())
-    unknown = [i for i, record in enumerate(records) if stamps[i] not in known or not record["captions"]]
-    mine = unknown[accelerator.process_index :: accelerator.num_processes]
-    results = []
-    with ThreadPoolExecutor() as pool:
-        checked = pool.map(check_record, [records[i] for i in mine])
-        quiet = not mine or not accelerator.is_main_process
-        for i, result in zip(mine, tqdm(checked, "checking", len(mine), disable=quiet)):
-            results.append((i, result))
-            if stop.signum:
-                pool.shutdown(cancel_futures=True)
-                break
-    results = sorted(gather_object(results))
+    new = [i for i in range(len(records)) if stamps[i] not in known]
+    mine = new[accelerator.process_index :: accelerator.num_processes]
+    quiet = not mine or not accelerator.is_main_process
+    found = thread_map(check_record, [records[i] for i in mine], [stop] * len(mine), desc="checking", disable=quiet)
+    found = dict(gather_object(list(zip(mine, found))))
     stop.exit_if_asked()
-    bad = {i: result for i, result in results if isinstance(result, str)}
-    known.update({stamps[i]: result for i, result in results if i not in bad})
-    listing = "\n".join(
-        [f"{len(bad)} of {len(records)} pictures cannot be used:"]
-        + [f"  {records[i]['name']} {result}" for i, result in bad.items()]
-    )
-    if bad and (args.on_bad_image == "error" or len(bad) == len(records)):
-        raise SystemExit(f"{listing}\nMend or remove them, or leave them out by --on_bad_image skip.")
+    bad = {i: found[i] for i in sorted(found) if isinstance(found[i], str)}
+    known.update({stamps[i]: result for i, result in found.items() if i not in bad})
     if bad:
+        listing = "".join(f"\n  {records[i]['name']} {reason}" for i, reason in bad.items())
+        listing = f"{len(bad)} of {len(records)} pictures cannot be used:{listing}"
+        if args.on_bad_image == "error" or len(bad) == len(records):
+            raise SystemExit(f"{listing}\nMend or remove them, or leave them out by --on_bad_image skip.")
         accelerator.print(listing)
     if not args.no_encoding_cache:
-        state = json.dumps({key: known[key] for key in stamps if key in known}).encode()
-        agree(manifest.parent, accelerator.is_main_process, replace_file, manifest, state)
+        text = json.dumps({key: known[key] for key in stamps if key in known})
+        agree(manifest.parent, accelerator.is_main_process, replace_file, manifest, text.encode())
     good = [i for i in range(len(records)) if i not in bad]
     return [{**records[i], "digest": known[stamps[i]][0], "size": known[stamps[i]][1:]} for i in good]
 
@@ -484,52 +465,55 @@ class Samples(torch.utils.data.Dataset):
 # Models and what the frozen ones make of the data
 
 
-def load_part(args, cls, subfolder, **kwargs):
-    """Loads a part of the base model in float32, from its .fp16 files where it has no others."""
-    kwargs = {"revision": args.revision, "cache_dir": args.cache_dir, "use_safetensors": True, **kwargs}
-    for variant in [args.variant] if args.variant else [None, "fp16"]:
-        try:
-            base = args.pretrained_model_name_or_path
-            return cls.from_pretrained(base, subfolder=subfolder, variant=variant, **kwargs)
-        except OSError as caught:
-            error = caught
-    raise SystemExit(f"{base} has no {subfolder} that loads from safetensors files: {error}")
+def weights_digest(model):
+    """Names a model by the values of its weights."""
+    return digest(*(tensor.contiguous().numpy() for tensor in model.state_dict().values()))
 
 
 def load_models(args):
-    """Loads the base model: frozen encoders, the UNet to train, its average, and the noise schedules."""
-    base = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path, "cache_dir": args.cache_dir}
-    base["revision"] = args.revision
-    try:
-        index = StableDiffusionPipeline.load_config(**base)
-    except OSError as error:
-        raise SystemExit(f"The base model {args.pretrained_model_name_or_path} is not there: {error}")
-    if index["_class_name"] != "StableDiffusionPipeline":
-        raise SystemExit(
-            f"The base model is a {index['_class_name']}; this script trains Stable Diffusion 1.x and 2.x."
-        )
-    scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(**base, subfolder="scheduler")
-    prediction_type = args.prediction_type or scheduler.config.prediction_type
+    """Loads the base model in float32: its pipeline, of which the UNet is trained, and the UNet's average."""
+    base, error = args.pretrained_model_name_or_path, None
+    unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    for variant in [args.variant] if args.variant else [None, "fp16"]:  # some come in half precision only
+        files = {
+            "variant": variant,
+            "cache_dir": args.cache_dir,
+            "use_safetensors": True,
+            "torch_dtype": torch.float32,
+        }
+        try:
+            pipeline = StableDiffusionPipeline.from_pretrained(base, revision=args.revision, **files, **unused)
+            break
+        except (OSError, ValueError) as caught:
+            error = error or caught
+    else:
+        raise SystemExit(f"{base} cannot be loaded as a Stable Diffusion model of safetensors files: {error}")
+    if pipeline.unet.config.addition_embed_type or pipeline.unet.config.in_channels != 4:
+        raise SystemExit(f"{base} is no text-to-image model of Stable Diffusion 1.x or 2.x, which this script trains.")
+    prediction_type = args.prediction_type or pipeline.scheduler.config.prediction_type
     if args.dream_training and prediction_type != "epsilon":
-        raise SystemExit(f"--dream_training needs epsilon prediction, and the base model predicts {prediction_type}.")
-    models = SimpleNamespace(
-        scheduler=type(scheduler).from_config(scheduler.config, prediction_type=prediction_type),
-        noise_scheduler=DDPMScheduler.from_config(scheduler.config, prediction_type=prediction_type),
-        tokenizers=[CLIPTokenizer.from_pretrained(**base, subfolder="tokenizer")],
-        text_encoders=[load_part(args, CLIPTextModel, "text_encoder", dtype=torch.float32)],
-        vae=load_part(args, AutoencoderKL, "vae"),
-        unet=load_part(args, UNet2DConditionModel, "unet", revision=args.non_ema_revision or args.revision),
-        ema_unet=None,
-    )
+        raise SystemExit(f"--dream_training needs epsilon prediction, and {base} predicts {prediction_type}.")
+    pipeline.scheduler.register_to_config(prediction_type=prediction_type)
+    ema_unet = None
     if args.use_ema:
-        averaged = load_part(args, UNet2DConditionModel, "unet") if args.non_ema_revision else models.unet
-        config = {"model_cls": UNet2DConditionModel, "model_config": averaged.config}
-        models.ema_unet = EMAModel(averaged.parameters(), foreach=args.foreach_ema, **config)
-    models.vae_digest, models.text_digest = (
-        digest(*(tensor.contiguous().numpy() for model in group for tensor in model.state_dict().values()))
-        for group in ([models.vae], models.text_encoders)
+        config = {"model_cls": UNet2DConditionModel, "model_config": pipeline.unet.config}
+        ema_unet = EMAModel(pipeline.unet.parameters(), foreach=args.foreach_ema, **config)
+    if args.non_ema_revision:
+        files |= {"subfolder": "unet", "revision": args.non_ema_revision}
+        pipeline.unet = UNet2DConditionModel.from_pretrained(base, **files)
+    return SimpleNamespace(
+        pipeline=pipeline,
+        tokenizers=[pipeline.tokenizer],
+        text_encoders=[pipeline.text_encoder],
+        text_digest=weights_digest(pipeline.text_encoder),
+        vae=pipeline.vae,
+        vae_digest=weights_digest(pipeline.vae),
+        unet=pipeline.unet,
+        ema_unet=ema_unet,
+        noise_scheduler=DDPMScheduler.from_config(pipeline.scheduler.config),
+        params_to_optimize=list(pipeline.unet.parameters()),
+        idle=[],  # frozen models that no step needs, kept in CPU memory
     )
-    return models
 
 
 def encode_pixels(vae, pixel_values):
@@ -543,9 +527,9 @@ def encode_prompts(tokenizers, text_encoders, prompts):
     """Returns the conditioning of some prompts: "encoder_hidden_states" (bsz, tokens, dim) in float32."""
     hidden_states = []
     for tokenizer, text_encoder in zip(tokenizers, text_encoders):
-        settings = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        ids = [tokenizer(prompt, **settings).input_ids.to(text_encoder.device) for prompt in prompts]
-        hidden_states.append(torch.cat([text_encoder(row)[0] for row in ids]).float())
+        ids = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        rows = ids.to(text_encoder.device).split(1)  # one prompt a forward pass, as with pictures
+        hidden_states.append(torch.cat([text_encoder(row)[0] for row in rows]).float())
     return {"encoder_hidden_states": torch.cat(hidden_states, dim=-1)}
 
 
@@ -591,35 +575,34 @@ def fill_cache(accelerator, args, models, visits, stop):
         return
     # The name of an entry says all that its bits depend on.
     device = accelerator.device.type
-    setting = (accelerator.mixed_precision, device, torch.get_num_threads() if device == "cpu" else args.allow_tf32)
-    setting += tuple(version(library) for library in ("torch", "diffusers", "transformers", "Pillow"))
+    setting = [accelerator.mixed_precision, device, torch.get_num_threads() if device == "cpu" else args.allow_tf32]
+    setting += [version(library) for library in ("torch", "diffusers", "transformers", "Pillow")]
+    prompts_setting = (*setting, models.text_digest)
     latents_setting = (*setting, models.vae_digest, args.resolution, args.image_interpolation_mode)
-    jobs, vae_is_done = {}, True
+    models.idle = [*models.text_encoders, models.vae]
+    jobs = {}
     for samples, keys in visits:
         places = [samples.place(key)[1:] for key in keys]
         for caption in {caption for _, caption in places}:
-            samples.cached[caption] = cache_folder(args) / "prompts" / digest(*setting, models.text_digest, caption)
+            samples.cached[caption] = cache_folder(args) / "prompts" / digest(*prompts_setting, caption)
         variants = {variant for variant, _ in places}
-        # An entry that is met less than twice costs more than it spares.
-        if len(places) < 2 * len(variants):
-            vae_is_done = False
+        if len(places) < 2 * len(variants):  # an entry that is met less than twice costs more than it spares
+            models.idle = models.text_encoders
             variants = set()
         for variant in variants:
             name = digest(*latents_setting, samples.records[variant[0]]["digest"], *variant[1:])
             samples.cached[variant] = cache_folder(args) / "latents" / name
-        jobs.update({file: (samples, what) for what, file in samples.cached.items()})
-    jobs = [(file, *jobs[file]) for file in sorted(jobs)]
+        jobs.update({file: (file, samples, what) for what, file in samples.cached.items()})
+    jobs = [jobs[file] for file in sorted(jobs)]
     with accelerator.autocast():
         for i in tqdm(
             range(0, len(jobs), accelerator.num_processes), "caching", disable=not accelerator.is_main_process
         ):
-            job = jobs[i + accelerator.process_index] if i + accelerator.process_index < len(jobs) else ()
-            agree(cache_folder(args), bool(job), fill_entry, models, *job)
+            mine = jobs[i:][accelerator.process_index : accelerator.process_index + 1]
+            agree(cache_folder(args), bool(mine), fill_entry, models, *sum(mine, ()))
             stop.exit_if_asked()
-    # What no step needs any more leaves the device.
-    for model in ([models.vae] if vae_is_done else []) + models.text_encoders:
+    for model in models.idle:
         model.to("cpu")
-    gc.collect()
     torch.cuda.empty_cache()
 
 
@@ -652,45 +635,23 @@ def snr_weights(noise_scheduler, timesteps, snr_gamma):
 def compute_loss(models, batch, args):
     """Returns each sample's loss (bsz,) for latents and noise (bsz, 4, h, w), timesteps (bsz,) and embeddings."""
     latents, timesteps, noise_scheduler = batch["latents"], batch["timesteps"], models.noise_scheduler
+    encoder_hidden_states = batch["encoder_hidden_states"]
     noise = batch["noise"] + args.noise_offset * batch["offset_noise"]
     # Input perturbation (arXiv:2301.11706): the input has a little more noise than the UNet is asked for.
-    noisy_latents = noise_scheduler.add_noise(
-        latents, noise + args.input_perturbation * batch["perturbation"], timesteps
-    )
+    input_noise = noise + args.input_perturbation * batch["perturbation"]
+    noisy_latents = noise_scheduler.add_noise(latents, input_noise, timesteps)
     velocity = noise_scheduler.get_velocity(latents, noise, timesteps)
-    prediction_type = noise_scheduler.config.prediction_type
-    target = {"epsilon": noise, "v_prediction": velocity, "sample": latents}[prediction_type]
-    conditioning = batch["encoder_hidden_states"]
+    targets = {"epsilon": noise, "v_prediction": velocity, "sample": latents}
+    target = targets[noise_scheduler.config.prediction_type]
     if args.dream_training:
-        noisy_latents, target = compute_dream_and_update_latents(
-            models.unet,
-            noise_scheduler,
-            timesteps,
-            noise,
-            noisy_latents,
-            target,
-            conditioning,
-            args.dream_detail_preservation,
-        )
-    model_pred = models.unet(noisy_latents, timesteps, conditioning).sample
+        known = (models.unet, noise_scheduler, timesteps, noise, noisy_latents, target, encoder_hidden_states)
+        noisy_latents, target = compute_dream_and_update_latents(*known, args.dream_detail_preservation)
+    model_pred = models.unet(noisy_latents, timesteps, encoder_hidden_states).sample
     loss = F.mse_loss(model_pred.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
     return loss * snr_weights(noise_scheduler, timesteps, args.snr_gamma)
 
 
 # Validation
-
-
-def build_pipeline(accelerator, models):
-    """Puts the models together as the pipeline that is validated and saved."""
-    unet = accelerator.unwrap_model(models.unet, keep_torch_compile=False)
-    parts = {
-        "vae": models.vae,
-        "text_encoder": models.text_encoders[0],
-        "tokenizer": models.tokenizers[0],
-        "unet": unet,
-    }
-    unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return StableDiffusionPipeline(**parts, scheduler=models.scheduler, **unused)
 
 
 @contextlib.contextmanager
@@ -711,37 +672,32 @@ def validation_keys(held_out):
 
 @torch.no_grad()
 def log_validation(accelerator, args, models, held_out, state, stop):
-    """Logs the held-out loss and a grid of --validation_prompts, of which rank r draws every r-th in world size."""
-    pipeline = build_pipeline(accelerator, models)
-    pipeline.set_progress_bar_config(disable=True)
-    homes = [(model, model.device) for model in (models.vae, *models.text_encoders)]
-    trained, models.unet = models.unet, pipeline.unet.eval()
-    mine = slice(accelerator.process_index, None, accelerator.num_processes)
+    """Logs the held-out loss and a row of --validation_prompts' pictures; ranks take turns at both."""
+    for model in models.idle:
+        model.to(accelerator.device)
+    models.unet.eval()
+    models.pipeline.set_progress_bar_config(disable=True)
+    turns = slice(accelerator.process_index, None, accelerator.num_processes)
+    prompts = list(enumerate(args.validation_prompts or []))
     losses, images = [], []
     with weights_to_save(models), accelerator.autocast():
-        for key in validation_keys(held_out)[mine]:
+        for key in validation_keys(held_out)[turns]:
             batch = encode_batch(accelerator, models, torch.utils.data.default_collate([held_out[key]]))
             losses.append(compute_loss(models, batch, args).item())
-        pipeline.to(accelerator.device)
-        prompts = list(enumerate(args.validation_prompts or []))
-        for i, prompt in tqdm(prompts[mine], "sampling", leave=False, disable=not accelerator.is_main_process):
+        for i, prompt in tqdm(prompts[turns], "sampling", leave=False, disable=not accelerator.is_main_process):
             if not stop.signum:
-                settings = {"num_inference_steps": VALIDATION_INFERENCE_STEPS, "height": args.resolution}
-                settings |= {"width": args.resolution, "generator": torch.Generator().manual_seed(state.seed + i)}
-                images.append((i, pipeline(prompt, **settings).images[0]))
-    models.unet = trained.train()
-    for model, device in homes:
-        model.to(device)
-    losses = gather_object(losses)
-    if losses:
+                settings = {"height": args.resolution, "width": args.resolution}
+                settings |= {"num_inference_steps": VALIDATION_STEPS, "generator": torch.Generator().manual_seed(i)}
+                images.append((i, models.pipeline(prompt, **settings).images[0]))
+    models.unet.train()
+    for model in models.idle:
+        model.to("cpu")
+    if losses := gather_object(losses):
         log_row(accelerator, args, {"step": state.global_step, "validation_loss": math.fsum(losses) / len(losses)})
     images = [image for _, image in sorted(gather_object(images), key=lambda pair: pair[0])]
     if accelerator.is_main_process and images and len(images) == len(prompts):
-        columns = math.ceil(math.sqrt(len(images)))
-        rows = math.ceil(len(images) / columns)
-        blank = Image.new("RGB", images[0].size, "white")
-        grid = make_image_grid(images + [blank] * (rows * columns - len(images)), rows, columns)
-        grid.save(Path(args.output_dir, "samples", f"step-{state.global_step:06d}.png"))
+        grid = Path(args.output_dir, "samples", f"step-{state.global_step:06d}.png")
+        make_image_grid(images, 1, len(images)).save(grid)
         for tracker in accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -829,20 +785,19 @@ def agree(folder, here, function, *arguments):
     return answers[0][0]
 
 
-def save_weights(accelerator, models, folder):
+def save_weights(models, folder):
     """Writes a checkpoint's models, each in a folder that diffusers loads."""
-    accelerator.unwrap_model(models.unet, keep_torch_compile=False).save_pretrained(folder / "unet")
+    models.pipeline.unet.save_pretrained(folder / "unet")
     if models.ema_unet is not None:
         models.ema_unet.save_pretrained(folder / "unet_ema")
 
 
-def load_weights(accelerator, models, folder):
+def load_weights(models, folder):
     """Reads a checkpoint's models into those that are being trained."""
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True)
-    accelerator.unwrap_model(models.unet, keep_torch_compile=False).load_state_dict(unet.state_dict())
+    load = functools.partial(UNet2DConditionModel.from_pretrained, folder, use_safetensors=True)
+    models.pipeline.unet.load_state_dict(load(subfolder="unet").state_dict())
     if models.ema_unet is not None:
-        averaged = UNet2DConditionModel.from_pretrained(folder / "unet_ema", use_safetensors=True)
-        for shadow, parameter in zip(models.ema_unet.shadow_params, averaged.parameters()):
+        for shadow, parameter in zip(models.ema_unet.shadow_params, load(subfolder="unet_ema").parameters()):
             shadow.copy_(parameter.data)
 
 
@@ -850,7 +805,7 @@ def write_checkpoint(accelerator, args, models, state, folder):
     """Writes what a checkpoint holds: the models, the optimizer's state, the metrics so far, the run's state."""
     accelerator.save_state(folder)
     if accelerator.is_main_process:
-        save_weights(accelerator, models, folder)
+        save_weights(models, folder)
         shutil.copy(Path(args.output_dir, args.logging_dir, "metrics.jsonl"), folder)
         (folder / "state.json").write_text(json.dumps(vars(state)))
 
@@ -915,8 +870,6 @@ def find_checkpoint(args):
     if args.overwrite_output_dir:
         for path in numbered:
             shutil.rmtree(path)
-        for grid in Path(args.output_dir, "samples").glob("step-*.png"):
-            grid.unlink()
     if resume not in (None, "latest"):
         path = Path(resume) if Path(resume).is_dir() else Path(args.output_dir, resume)
         if not is_whole(path):
@@ -962,7 +915,7 @@ def check_resumed(accelerator, args, state, identity):
 def load_checkpoint(accelerator, models, optimizer, state, checkpoint):
     """Brings models and optimizer to where the checkpoint left them; given flags win over the checkpoint's."""
     given = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
-    load_weights(accelerator, models, checkpoint)
+    load_weights(models, checkpoint)
     accelerator.load_state(checkpoint)
     for group, flags in zip(optimizer.param_groups, given):
         group.update(flags, initial_lr=flags["lr"])
@@ -973,10 +926,10 @@ def load_checkpoint(accelerator, models, optimizer, state, checkpoint):
 # Publishing
 
 
-def save_model(accelerator, args, models):
+def save_model(args, models):
     """Writes the pipeline, of the averaged weights if there are any."""
     with weights_to_save(models):
-        build_pipeline(accelerator, models).save_pretrained(args.output_dir)
+        models.pipeline.save_pretrained(args.output_dir)
 
 
 def loading_code(args, name):
@@ -989,49 +942,35 @@ def loading_code(args, name):
     )
 
 
-def draw_curve(losses, path):
-    """Draws losses over the steps, averaged to at most 64 points, as a picture of 640 x 200 pixels."""
-    points = [float(np.mean(part)) for part in np.array_split(losses, min(64, len(losses)))]
-    low, height, width = min(points), max(points) - min(points) or 1.0, len(points) - 1 or 1
-    image = Image.new("RGB", (640, 200), "white")
-    draw = ImageDraw.Draw(image)
-    draw.line([(60 + 570 * i / width, 185 - 170 * (y - low) / height) for i, y in enumerate(points)], "blue", 2)
-    draw.text((4, 8), f"{max(points):.4f}", "black")
-    draw.text((4, 178), f"{low:.4f}", "black")
-    image.save(path)
-
-
 def write_model_card(args, state, repo_id):
     """Writes README.md: base, data, settings, loss curve, sample grid, and how to load the result."""
-    folder = Path(args.output_dir)
-    rows = [json.loads(line) for line in (folder / args.logging_dir / "metrics.jsonl").read_text().splitlines()]
-    draw_curve([row["loss"] for row in rows if "loss" in row], folder / "samples" / "loss.png")
+    metrics = Path(args.output_dir, args.logging_dir, "metrics.jsonl").read_text().splitlines()
+    losses = [row["loss"] for row in map(json.loads, metrics) if "loss" in row]
+    held_out = [row for row in map(json.loads, metrics) if "validation_loss" in row]
+    points = np.array([np.mean(part) for part in np.array_split(losses, min(60, len(losses)))])
+    curve = "".join("▁▂▃▄▅▆▇█"[int(height)] for height in 7 * (points - points.min()) / max(np.ptp(points), 1e-12))
     # Paths of this machine stay out of what may be published.
-    base, data = (
-        (Path(name).resolve().name, None) if not name or Path(name).exists() else (name, name)
-        for name in (args.pretrained_model_name_or_path, args.dataset_name or "")
-    )
-    header = ModelCardData(
-        base_model=base[1],
-        datasets=data[1],
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["stable-diffusion"],
-    )
+    base, data = args.pretrained_model_name_or_path, args.dataset_name
+    base, data = (None if not name or Path(name).exists() else name for name in (base, data))
+    header = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["stable-diffusion"]}
+    header = ModelCardData(base_model=base, datasets=data, **header).to_yaml()
     settings = {n: v for n, v in state.args.items() if isinstance(v, (bool, int, float)) and v is not False}
-    card = [f"---\n{header.to_yaml()}\n---\n\n# {repo_id}"]
-    card += [f"{base[0]}, fine-tuned on {data[1] or 'local pictures'}; the base model's licence applies."]
+    base = base or Path(args.pretrained_model_name_or_path).resolve().name
+    grid = f"samples/step-{state.global_step:06d}.png"
+    card = [f"---\n{header}\n---\n\n# {repo_id}"]
+    card += [f"{base}, fine-tuned on {data or 'local pictures'}. The base model's licence applies."]
     card += ["## Load it", f"```python\n{loading_code(args, repo_id)}\n```", "## Training"]
-    grids = sorted((folder / "samples").glob("step-*.png"))
-    card += [f"![samples](samples/{grids[-1].name})", *(f"- {p}" for p in args.validation_prompts)] if grids else []
-    card += [f"{state.global_step} steps, seed {state.seed}.", "![loss](samples/loss.png)"]
-    card += [f"Held-out loss at step {r['step']}: {r['validation_loss']:.4f}" for r in rows if "validation_loss" in r]
-    card += ["| setting | value |\n|---|---|\n" + "\n".join(f"| {n} | {v} |" for n, v in settings.items()) + "\n"]
-    replace_file(folder / "README.md", "\n\n".join(card).encode())
+    if Path(args.output_dir, grid).exists():
+        card += [f"![samples]({grid})", *(f"- {prompt}" for prompt in args.validation_prompts)]
+    card += [f"{state.global_step} steps. Loss from {points[0]:.4f} to {points[-1]:.4f}: `{curve}`"]
+    card += [f"Held-out loss at step {row['step']}: {row['validation_loss']:.4f}" for row in held_out]
+    card += ["| setting | value |\n|---|---|" + "".join(f"\n| {n} | {v} |" for n, v in settings.items()) + "\n"]
+    replace_file(Path(args.output_dir, "README.md"), "\n\n".join(card).encode())
 
 
 def with_retries(call, args, repo_id, **kwargs):
     """Calls the Hub, and again after passing failures, five times at most."""
+    by_hand = f"hf upload {repo_id} {args.output_dir} --exclude 'checkpoint-*' '{args.logging_dir}/*' train_args.yaml"
     for wait in (1, 2, 4, 8, 0):
         try:
             return call(repo_id=repo_id, token=args.hub_token, **kwargs)
@@ -1039,8 +978,7 @@ def with_retries(call, args, repo_id, **kwargs):
             status = getattr(getattr(error, "response", None), "status_code", 500)
             if wait == 0 or (status < 500 and status not in (408, 429)):
                 raise SystemExit(
-                    f"{repo_id} on the Hub: {error}\nNothing is lost. When training is done, this uploads by hand: hf upload {repo_id} "
-                    f"{args.output_dir} --exclude 'checkpoint-*' '{args.logging_dir}/*' train_args.yaml"
+                    f"{repo_id} on the Hub: {error}\nA finished result can be uploaded by hand: {by_hand}"
                 )
             time.sleep(wait)
 
@@ -1098,20 +1036,17 @@ def prepare_training(accelerator, args, models):
             models.unet.enable_xformers_memory_efficient_attention()
         except Exception as error:  # it is missing, built for another torch, or there is no GPU
             accelerator.print(f"xformers cannot be used ({error}), so PyTorch's own attention is.")
-    models.params_to_optimize = list(models.unet.parameters())
     if models.ema_unet is not None and not args.offload_ema:
         models.ema_unet.to(accelerator.device)
-    settings = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    settings |= {"weight_decay": args.adam_weight_decay}
-    settings |= {"lr": args.learning_rate * (total_batch_size(accelerator, args) if args.scale_lr else 1)}
+    lr = args.learning_rate * (total_batch_size(accelerator, args) if args.scale_lr else 1)
+    settings = {"lr": lr, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     adam = bitsandbytes.optim.AdamW8bit if args.use_8bit_adam else functools.partial(torch.optim.AdamW, fused=True)
-    optimizer = adam(models.params_to_optimize, **settings)
+    optimizer = adam(models.params_to_optimize, weight_decay=args.adam_weight_decay, **settings)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:  # no prepared dataloader tells it these
-        accelerator.state.deepspeed_plugin.deepspeed_config.update(
-            train_micro_batch_size_per_gpu=args.train_batch_size,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            gradient_clipping=args.max_grad_norm,
-        )
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+        config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+        config["gradient_clipping"] = args.max_grad_norm
     models.unet, optimizer = accelerator.prepare(models.unet, optimizer)
     return optimizer
 
@@ -1173,21 +1108,6 @@ def load_batches(accelerator, args, samples, keys_of, state):
     return iter(torch.utils.data.DataLoader(samples, batch_sampler=batch_keys, pin_memory=pin_memory, **settings))
 
 
-def update_ema(accelerator, args, models):
-    """Moves the averaged weights, if there are any, towards the trained ones."""
-    if models.ema_unet is not None:
-        models.ema_unet.to(accelerator.device)
-        models.ema_unet.step(models.params_to_optimize)
-        models.ema_unet.to("cpu" if args.offload_ema else accelerator.device)
-
-
-def memory_gib(accelerator):
-    """Peak memory of the GPU, or the process's memory now on a CPU, in GiB."""
-    if accelerator.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return psutil.Process().memory_info().rss / 2**30
-
-
 def train(accelerator, args, models, optimizer, lr_scheduler, samples, held_out, keys_of, state, stop):
     """Takes the optimizer steps that are left, logging, validating and saving as asked; a signal ends it early."""
     batches = load_batches(accelerator, args, samples, keys_of, state)
@@ -1219,9 +1139,15 @@ def train(accelerator, args, models, optimizer, lr_scheduler, samples, held_out,
         if not skipped:
             state.optimizer_steps += 1
             lr_scheduler.step()
-            update_ema(accelerator, args, models)
+            if models.ema_unet is not None:
+                models.ema_unet.to(accelerator.device)
+                models.ema_unet.step(models.params_to_optimize)
+                models.ema_unet.to("cpu" if args.offload_ema else accelerator.device)
         row["images_per_second"] = len(keys_of(step)) / (time.perf_counter() - then)
-        row["memory_gib"] = memory_gib(accelerator)
+        on_gpu = accelerator.device.type == "cuda"
+        row["memory_gib"] = (
+            torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
+        ) / 2**30
         numbers = [loss, grad_norm, skipped, stop.signum > 0]
         numbers = torch.stack([torch.as_tensor(n, dtype=torch.float32, device=accelerator.device) for n in numbers])
         unread.append((row, keys_of(step), accelerator.reduce(numbers, "mean")))
@@ -1263,10 +1189,9 @@ def run(accelerator, args, stop):
 
     # Models.
     models = load_models(args)
-    shapes = [parameter.shape for parameter in models.unet.parameters()]
     identity = {
         "script": Path(__file__).stem,
-        "base model": digest(models.vae_digest, models.text_digest, shapes),
+        "base model": digest(models.vae_digest, models.text_digest, [p.shape for p in models.params_to_optimize]),
         "data set": digest([(record["digest"], record["captions"]) for record in records]),
     }
     check_resumed(accelerator, args, state, identity)
@@ -1290,7 +1215,7 @@ def run(accelerator, args, stop):
     train(accelerator, args, models, optimizer, lr_scheduler, samples, held_out, keys_of, state, stop)
 
     # What it leaves.
-    agree(args.output_dir, main_process, save_model, accelerator, args, models)
+    agree(args.output_dir, main_process, save_model, args, models)
     agree(args.output_dir, main_process, write_model_card, args, state, repo_id)
     accelerator.print(f"The result is in {args.output_dir}. To load it:\n\n{loading_code(args, args.output_dir)}\n")
     agree(args.output_dir, main_process and args.push_to_hub, publish, args, repo_id)
