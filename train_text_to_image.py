@@ -23,7 +23,6 @@ import logging
 import math
 import os
 import re
-import secrets
 import shutil
 import signal
 import subprocess
@@ -54,26 +53,23 @@ fraction = functools.partial(bounded, kind=float, low=0.0, high=1.0)
 switch = {"action": argparse.BooleanOptionalAction, "default": False}
 
 
-def read_config(parser, path):
-    """Makes the flags in a YAML file the parser's defaults, checked as if they had been typed."""
+def read_config(argv):
+    """Reads the YAML file of --config, if there is one, as the flags that say the same."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--config")
+    path, flags = parser.parse_known_args(argv)[0].config, []
     try:
-        config = dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
+        config = dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}) if path else {}
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         parser.error(f"--config {path} is not a readable file of 'flag: value' lines: {error}")
     for name, value in config.items():
-        action = parser._option_string_actions.get(f"--{name}")
-        if action is None:
-            parser.error(f"--config {path}: there is no flag --{name}")
-        kind = {0: bool, "+": list}.get(action.nargs, (str, int, float))
-        if value is not None and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
-            parser.error(f"--config {path}: {name} cannot be {value!r}")
-        try:
-            if value is not None and kind is not bool:
-                value = parser._get_values(action, [str(v) for v in (value if kind is list else [value])])
-        except argparse.ArgumentError as error:
-            parser.error(f"--config {path}: {error}")
-        action.required = action.required and value is None
-        parser.set_defaults(**{name: value} if value is not None else {})
+        if isinstance(value, bool):
+            flags += [f"--{name}" if value else f"--no-{name}"]
+        elif isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            flags += [f"--{name}={value}"]
+    return flags
 
 
 def parse_args(argv=None):
@@ -91,10 +87,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("data").add_argument
     add("--dataset_name", help="a data set on the Hub, or whatever else datasets.load_dataset takes")
     add("--dataset_config_name", help="configuration of that data set")
-    add(
-        "--train_data_dir",
-        help="folder of pictures with metadata.jsonl, metadata.csv or .txt captions, or parquet files",
-    )
+    add("--train_data_dir", help="folder of pictures with metadata.jsonl, .csv or .txt captions, or of parquet files")
     add("--image_column", default="image", help="column of the pictures (Hub and parquet)")
     add("--caption_column", default="text", help="column of the captions, each a string or a list to draw from")
     add("--max_train_samples", type=positive_int, help="train on so many pictures, drawn by the seed")
@@ -174,37 +167,33 @@ def parse_args(argv=None):
     add("--hub_private_repo", **switch, help="create the repository private")
 
     argv = sys.argv[1:] if argv is None else argv
-    for flag in REFUSED.keys() & {argument.split("=")[0] for argument in argv}:
+    flags = read_config(argv) + argv
+    for flag in REFUSED.keys() & {flag.split("=")[0] for flag in flags}:
         parser.error(f"{flag}: {REFUSED[flag]}")
-    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config.add_argument("--config")
-    if path := config.parse_known_args(argv)[0].config:
-        read_config(parser, path)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(flags)
     check_args(parser, args)
     return args
 
 
 def check_args(parser, args):
     """Refuses what no flag's type can know to be wrong."""
-    if bool(args.dataset_name) == bool(args.train_data_dir):
-        parser.error("give the pictures by either --train_data_dir or --dataset_name")
-    if args.train_data_dir and not Path(args.train_data_dir).is_dir():
-        parser.error(f"--train_data_dir {args.train_data_dir} is not a folder")
-    if args.resolution % 8:
-        parser.error(f"--resolution {args.resolution} is no multiple of 8; {args.resolution // 8 * 8 + 8} is")
-    base = args.pretrained_model_name_or_path
-    if not Path(base).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base):
-        parser.error(f"--pretrained_model_name_or_path {base} is neither a folder nor a Hub id such as owner/name")
-    if args.validation_steps and args.validation_epochs:
-        parser.error("--validation_steps and --validation_epochs exclude each other")
-    if args.dream_training and args.prediction_type not in (None, "epsilon"):
-        parser.error(f"--dream_training needs epsilon prediction, not --prediction_type {args.prediction_type}")
-    if args.overwrite_output_dir and args.resume_from_checkpoint:
-        parser.error("--overwrite_output_dir starts anew, --resume_from_checkpoint goes on: give one of them")
-    resume = args.resume_from_checkpoint
-    if resume not in (None, "latest") and not Path(resume).is_dir() and not Path(args.output_dir, resume).is_dir():
-        parser.error(f"--resume_from_checkpoint {resume} is not a folder, neither here nor in {args.output_dir}")
+    base, data, resume = args.pretrained_model_name_or_path, args.train_data_dir, args.resume_from_checkpoint
+    hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base)
+    resumable = resume in (None, "latest") or Path(resume).is_dir() or Path(args.output_dir, resume).is_dir()
+    predicts_noise = args.prediction_type in (None, "epsilon")
+    problems = [
+        (bool(args.dataset_name) == bool(data), "give the pictures by either --train_data_dir or --dataset_name"),
+        (data and not Path(data).is_dir(), f"--train_data_dir {data} is not a folder"),
+        (args.resolution % 8, f"--resolution {args.resolution} is not a multiple of 8"),
+        (not (hub_id or Path(base).is_dir()), f"--pretrained_model_name_or_path {base} is no folder and no Hub id"),
+        (args.validation_steps and args.validation_epochs, "give --validation_steps or --validation_epochs, not both"),
+        (args.dream_training and not predicts_noise, "--dream_training needs --prediction_type epsilon"),
+        (args.overwrite_output_dir and resume, "give --overwrite_output_dir or --resume_from_checkpoint, not both"),
+        (not resumable, f"--resume_from_checkpoint {resume} is no folder, neither here nor in {args.output_dir}"),
+    ]
+    for problem, message in problems:
+        if problem:
+            parser.error(message)
 
 
 if __name__ == "__main__":
@@ -296,9 +285,7 @@ def read_records(args):
     else:
         records = read_folder(Path(args.train_data_dir), args.caption_column)
     if not records:
-        raise SystemExit(
-            f"{args.dataset_name or args.train_data_dir} holds no pictures ({' '.join(sorted(PICTURES))})."
-        )
+        raise SystemExit(f"{args.dataset_name or args.train_data_dir} holds no pictures {sorted(PICTURES)}.")
     for record in records:
         captions = record["captions"] if isinstance(record["captions"], list) else [record["captions"]]
         record["captions"] = [text.strip() for text in captions if isinstance(text, str) and text.strip()]
@@ -386,13 +373,11 @@ def check_records(accelerator, args, records, stop):
 
 def split_records(args, records, seed):
     """Returns the pictures to train on, --max_train_samples at most, and --validation_samples held-out ones."""
-    if args.validation_samples >= min(len(records), args.max_train_samples or math.inf):
-        raise SystemExit(f"--validation_samples {args.validation_samples} leaves no picture to train on.")
-    if args.max_train_samples:
-        chosen = permutation(seed, 0, len(records))[: args.max_train_samples]
-        records = [records[i] for i in sorted(chosen)]
-    held_out = [i * len(records) // args.validation_samples for i in range(args.validation_samples)]
-    return [record for i, record in enumerate(records) if i not in held_out], [records[i] for i in held_out]
+    chosen = sorted(permutation(seed, 0, len(records))[: args.max_train_samples])
+    if args.validation_samples >= len(chosen):
+        raise SystemExit(f"--validation_samples {args.validation_samples} leaves none of {len(chosen)} to train on.")
+    held_out = {chosen[i * len(chosen) // args.validation_samples] for i in range(args.validation_samples)}
+    return [records[i] for i in chosen if i not in held_out], [records[i] for i in sorted(held_out)]
 
 
 @functools.lru_cache(maxsize=2)
@@ -501,19 +486,13 @@ def load_models(args):
     if args.non_ema_revision:
         files |= {"subfolder": "unet", "revision": args.non_ema_revision}
         pipeline.unet = UNet2DConditionModel.from_pretrained(base, **files)
-    return SimpleNamespace(
-        pipeline=pipeline,
-        tokenizers=[pipeline.tokenizer],
-        text_encoders=[pipeline.text_encoder],
-        text_digest=weights_digest(pipeline.text_encoder),
-        vae=pipeline.vae,
-        vae_digest=weights_digest(pipeline.vae),
-        unet=pipeline.unet,
-        ema_unet=ema_unet,
-        noise_scheduler=DDPMScheduler.from_config(pipeline.scheduler.config),
-        params_to_optimize=list(pipeline.unet.parameters()),
-        idle=[],  # frozen models that no step needs, kept in CPU memory
-    )
+    # idle: the frozen models that no step needs, kept in CPU memory
+    models = SimpleNamespace(pipeline=pipeline, vae=pipeline.vae, unet=pipeline.unet, ema_unet=ema_unet, idle=[])
+    models.tokenizers, models.text_encoders = [pipeline.tokenizer], [pipeline.text_encoder]
+    models.vae_digest, models.text_digest = weights_digest(pipeline.vae), weights_digest(pipeline.text_encoder)
+    models.noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    models.params_to_optimize = list(pipeline.unet.parameters())
+    return models
 
 
 def encode_pixels(vae, pixel_values):
@@ -721,7 +700,7 @@ def log_steps(accelerator, args, samples, progress_bar, unread, keep):
         if not skipped and not math.isfinite(row["loss"] + row["grad_norm"]):
             names = "\n  ".join(sorted({samples.records[index]["name"] for _, index in keys}))
             raise SystemExit(
-                f"Step {row['step']} has a loss of {row['loss']} and a gradient norm of {row['grad_norm']}, so the run "
+                f"Step {row['step']} has loss {row['loss']} and gradient norm {row['grad_norm']}, so the run "
                 f"stops; earlier checkpoints are good. Lower the learning rate, or look at its pictures:\n  {names}"
             )
         log_row(accelerator, args, row)
@@ -764,9 +743,9 @@ def ignore_signals(worker):
 
 
 def agree(folder, here, function, *arguments):
-    """Calls a function that may write to a folder, where here is true; all ranks end if it fails on one.
+    """Calls a function that may write to a folder where here is true; returns rank 0's result on every rank.
 
-    Returns rank 0's result on every rank.
+    If it fails on one rank, all end, and hear of it here before any waits in a barrier for the one that failed.
     """
     result, problem = None, None
     try:
@@ -774,14 +753,12 @@ def agree(folder, here, function, *arguments):
     except SystemExit as refusal:
         problem = str(refusal)
     except (OSError, RuntimeError, SafetensorError) as error:  # all of these are said of a full disk
-        there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
-        free = shutil.disk_usage(there).free / 2**30
+        existing = next(path for path in Path(folder, "_").absolute().parents if path.exists())
+        free = shutil.disk_usage(existing).free / 2**30
         problem = f"Writing to {folder}, where {free:.2f} GiB are free, failed: {error}"
-    # All hear of it here, before any waits in a barrier for the one that failed.
     answers = gather_object([(result, problem)])
-    for _, problem in answers:
-        if problem is not None:
-            raise SystemExit(problem)
+    if problems := [problem for _, problem in answers if problem is not None]:
+        raise SystemExit(problems[0])
     return answers[0][0]
 
 
@@ -861,38 +838,35 @@ def save_checkpoint(accelerator, args, models, state):
 
 def find_checkpoint(args):
     """Returns the checkpoint to resume from, or None; refuses a folder that holds another run."""
-    resume, numbered = args.resume_from_checkpoint, numbered_checkpoints(args.output_dir)
-    if resume is None and not args.overwrite_output_dir and (numbered or Path(args.output_dir, "README.md").exists()):
+    resume, found = args.resume_from_checkpoint, numbered_checkpoints(args.output_dir)
+    if args.overwrite_output_dir:
+        for path in found:
+            shutil.rmtree(path)
+    elif resume is None and (found or Path(args.output_dir, "README.md").exists()):
         raise SystemExit(
             f"{args.output_dir} holds another run: go on with it by --resume_from_checkpoint latest, "
             "start anew and delete its checkpoints by --overwrite_output_dir, or choose another --output_dir."
         )
-    if args.overwrite_output_dir:
-        for path in numbered:
-            shutil.rmtree(path)
-    if resume not in (None, "latest"):
+    elif resume == "latest":
+        for path in reversed(found):
+            if is_whole(path):
+                return path
+            print(f"Passing over {path}: it is not whole.")
+        print(f"{args.output_dir} has no checkpoint to resume from: starting at step 0.")
+    elif resume is not None:
         path = Path(resume) if Path(resume).is_dir() else Path(args.output_dir, resume)
         if not is_whole(path):
-            raise SystemExit(
-                f"--resume_from_checkpoint {path} is not a whole checkpoint; 'latest' finds the newest one."
-            )
+            raise SystemExit(f"--resume_from_checkpoint {path} is not a whole checkpoint; 'latest' finds the newest.")
         return path
-    for path in reversed(numbered) if resume else []:
-        if is_whole(path):
-            return path
-        print(f"Passing over {path}: it is not whole.")
-    if resume:
-        print(f"{args.output_dir} has no checkpoint to resume from: starting at step 0.")
-    return None
 
 
 def begin_run(accelerator, args):
     """Returns the checkpoint to resume from, or None, and the run's state: seed, steps done, tracker id."""
     checkpoint = agree(args.output_dir, accelerator.is_main_process, find_checkpoint, args)
     if checkpoint is None:
-        drawn = agree(args.output_dir, True, secrets.randbits, 64)
-        seed = drawn % 2**32 if args.seed is None else args.seed
-        return None, SimpleNamespace(global_step=0, optimizer_steps=0, seed=seed, tracker_id=f"{drawn:016x}")
+        drawn = agree(args.output_dir, True, os.urandom, 4).hex()
+        seed = int(drawn, 16) if args.seed is None else args.seed
+        return None, SimpleNamespace(global_step=0, optimizer_steps=0, seed=seed, tracker_id=drawn)
     state = SimpleNamespace(**json.loads((checkpoint / "state.json").read_text()))
     if args.seed not in (None, state.seed):
         raise SystemExit(f"{checkpoint} was trained with --seed {state.seed}, so it cannot go on with {args.seed}.")
@@ -1079,16 +1053,15 @@ def print_header(accelerator, args, models, samples, held_out, state):
     bytes_a_weight = 4 + 4 * args.use_ema + (2 if args.use_8bit_adam else 8)
     needed = sum(parameter.numel() for parameter in models.params_to_optimize) * bytes_a_weight / 2**30
     free = shutil.disk_usage(args.output_dir).free / 2**30
-    size = sum(file.stat().st_size for file in {*samples.cached.values()}) / 2**30
-    latents = any(isinstance(what, tuple) for what in samples.cached)
-    why = "" if latents or args.no_encoding_cache else "; no latents, as few crops are met twice (see --center_crop)"
+    cached = sum(file.stat().st_size for file in {*samples.cached.values()}) / 2**30
+    why = "" if models.vae in models.idle else "; latents are not cached, as few crops are met twice (--center_crop)"
+    batch = f"{args.train_batch_size} x {accelerator.num_processes} processes x {args.gradient_accumulation_steps}"
     accelerator.print(
         f"pictures   {len(samples)} to train on, {len(held_out)} held out, {args.resolution} x {args.resolution}\n"
-        f"batch      {total_batch_size(accelerator, args)} = {args.train_batch_size} a process x "
-        f"{accelerator.num_processes} processes x {args.gradient_accumulation_steps} accumulated\n"
-        f"steps      {state.global_step} done of {args.max_train_steps}; seed {state.seed}, "
-        f"precision {accelerator.mixed_precision}, on {accelerator.device}\n"
-        f"cache      {'off' if args.no_encoding_cache else f'{size:.3f} GiB in {cache_folder(args)}'}{why}\n"
+        f"batch      {total_batch_size(accelerator, args)} = {batch} accumulated\n"
+        f"steps      {args.max_train_steps}, of which {state.global_step} are done; seed {state.seed}\n"
+        f"device     {accelerator.device}, precision {accelerator.mixed_precision}\n"
+        f"cache      {'off' if args.no_encoding_cache else f'{cached:.3f} GiB in {cache_folder(args)}{why}'}\n"
         f"disk       {needed:.2f} GiB a checkpoint, {free:.1f} GiB free"
     )
     if args.checkpointing_steps and needed > free:
@@ -1114,8 +1087,8 @@ def train(accelerator, args, models, optimizer, lr_scheduler, samples, held_out,
     validates = bool(args.validation_prompts or len(held_out))
     if validates and state.global_step == 0:
         log_validation(accelerator, args, models, held_out, state, stop)
-    quiet = not accelerator.is_main_process
-    progress_bar = tqdm(desc="training", total=args.max_train_steps, initial=state.global_step, disable=quiet)
+    bar = {"total": args.max_train_steps, "initial": state.global_step, "disable": not accelerator.is_main_process}
+    progress_bar = tqdm(desc="training", **bar)
     models.unet.train()
     unread = []  # finished steps: their row, their keys, and their numbers, which are still on the device
     then = time.perf_counter()

@@ -37,7 +37,6 @@ SECTIONS = [
     "encode_prompts",
     "snr_weights",
     "compute_loss",
-    "build_pipeline",
     "log_validation",
     "save_checkpoint",
     "load_checkpoint",

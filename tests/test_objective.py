@@ -84,11 +84,9 @@ def test_loss_is_the_formula(tiny_model, prediction_type, flags, settings):
         expected = formula(models.unet, batch, prediction_type, **settings)
     assert loss.shape == (4,) and loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), expected, rtol=5e-4, atol=0)
-    for name in {"gamma", "offset", "perturbation"} & settings.keys():  # each setting shows in the numbers
+    if settings:  # else a flag that does nothing would pass
         with torch.no_grad():
-            without = formula(models.unet, batch, prediction_type, **(settings | {name: {"gamma": None}.get(name, 0)}))
-        if (name, prediction_type) != ("offset", "sample") or len(settings) == 1:
-            assert not torch.allclose(without, expected, rtol=5e-4)
+            assert not torch.allclose(formula(models.unet, batch, prediction_type), expected, rtol=5e-3)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)

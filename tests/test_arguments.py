@@ -1,0 +1,345 @@
+"""The command line and the config file: what is taken, and what is refused in one sentence before anything loads."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+import train_text_to_image as script
+import yaml
+from conftest import ROOT, metrics, run
+
+
+SWITCH = (True, False)
+# Every flag with two values that it takes, neither of them the default (for a switch, the second is).
+FLAGS = {
+    "pretrained_model_name_or_path": ("owner/one", "owner/two"),
+    "revision": ("one", "two"),
+    "variant": ("fp16", "bf16"),
+    "non_ema_revision": ("one", "two"),
+    "cache_dir": ("one", "two"),
+    "dataset_name": ("owner/one", "owner/two"),
+    "dataset_config_name": ("one", "two"),
+    "train_data_dir": (".", ".."),
+    "image_column": ("one", "two"),
+    "caption_column": ("one", "two"),
+    "max_train_samples": (1, 2),
+    "resolution": (256, 768),
+    "center_crop": SWITCH,
+    "random_flip": SWITCH,
+    "image_interpolation_mode": ("bicubic", "nearest_exact"),
+    "proportion_empty_prompts": (0.1, 1.0),
+    "on_bad_image": ("skip", "error"),
+    "encoding_cache_dir": ("one", "two"),
+    "no_encoding_cache": SWITCH,
+    "dataloader_num_workers": (1, 2),
+    "output_dir": ("one", "two"),
+    "overwrite_output_dir": SWITCH,
+    "seed": (0, 2**40),
+    "train_batch_size": (1, 2),
+    "gradient_accumulation_steps": (2, 3),
+    "num_train_epochs": (1, 2),
+    "max_train_steps": (1, 2),
+    "gradient_checkpointing": SWITCH,
+    "mixed_precision": ("no", "bf16"),
+    "allow_tf32": SWITCH,
+    "enable_xformers_memory_efficient_attention": SWITCH,
+    "learning_rate": (1e-5, 0.5),
+    "scale_lr": SWITCH,
+    "lr_scheduler": ("cosine", "linear"),
+    "lr_warmup_steps": (0, 10),
+    "use_8bit_adam": SWITCH,
+    "adam_beta1": (0.5, 0.8),
+    "adam_beta2": (0.9, 0.99),
+    "adam_weight_decay": (0.0, 0.1),
+    "adam_epsilon": (1e-6, 1e-4),
+    "max_grad_norm": (0.5, 2.0),
+    "use_ema": SWITCH,
+    "foreach_ema": SWITCH,
+    "offload_ema": SWITCH,
+    "prediction_type": ("v_prediction", "sample"),
+    "snr_gamma": (5.0, 1.0),
+    "noise_offset": (0.1, 0.05),
+    "input_perturbation": (0.1, 0.2),
+    "dream_training": SWITCH,
+    "dream_detail_preservation": (0.5, 2.0),
+    "validation_prompts": (["a cat", "a dog"], ["one: two"]),
+    "validation_samples": (1, 2),
+    "validation_epochs": (1, 2),
+    "validation_steps": (1, 2),
+    "report_to": ("wandb", "none"),
+    "tracker_project_name": ("one", "two"),
+    "logging_dir": ("one", "two"),
+    "checkpointing_steps": (0, 10),
+    "checkpoints_total_limit": (1, 2),
+    "resume_from_checkpoint": ("latest", "."),
+    "push_to_hub": SWITCH,
+    "hub_model_id": ("one", "owner/two"),
+    "hub_token": ("one", "two"),
+    "hub_private_repo": SWITCH,
+}
+# All flags of diffusers' train_text_to_image.py.
+REFERENCE = """
+    input_perturbation pretrained_model_name_or_path revision variant dataset_name dataset_config_name train_data_dir
+    image_column caption_column max_train_samples validation_prompts output_dir cache_dir seed resolution center_crop
+    random_flip train_batch_size num_train_epochs max_train_steps gradient_accumulation_steps gradient_checkpointing
+    learning_rate scale_lr lr_scheduler lr_warmup_steps snr_gamma dream_training dream_detail_preservation
+    use_8bit_adam allow_tf32 use_ema offload_ema foreach_ema non_ema_revision dataloader_num_workers adam_beta1
+    adam_beta2 adam_weight_decay adam_epsilon max_grad_norm push_to_hub hub_token prediction_type hub_model_id
+    logging_dir mixed_precision report_to local_rank checkpointing_steps checkpoints_total_limit
+    resume_from_checkpoint enable_xformers_memory_efficient_attention noise_offset validation_epochs
+    tracker_project_name image_interpolation_mode
+""".split()
+
+for_each_flag = pytest.mark.parametrize("name", FLAGS)
+
+
+@pytest.fixture(autouse=True)
+def somewhere(tmp_path, monkeypatch):
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+def needed(name=None):
+    """The flags that a run cannot do without, but for the one of this name and what excludes it."""
+    base = {"pretrained_model_name_or_path": "owner/model", "train_data_dir": "."}
+    excluded = {"dataset_name": "train_data_dir"}.get(name)
+    return {flag: value for flag, value in base.items() if flag not in (name, excluded)}
+
+
+def typed(flags):
+    """Flags and values as one types them."""
+    words = []
+    for name, value in flags.items():
+        if isinstance(value, bool):
+            words += [f"--{name}" if value else f"--no-{name}"]
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def written(flags, path="config.yaml"):
+    """Writes a config file of flags, or of text as it is; returns the words that name it."""
+    with open(path, "w") as file:
+        file.write(flags if isinstance(flags, str) else yaml.safe_dump(flags))
+    return ["--config", path]
+
+
+def refusal(capsys, words):
+    """The sentence in which a command line is refused, after the usage."""
+    with pytest.raises(SystemExit) as end:
+        script.parse_args(words)
+    usage, sentence = capsys.readouterr().err.split(": error: ")
+    assert end.value.code == 2 and usage.startswith("usage: ")
+    assert "functools" not in sentence and " at 0x" not in sentence, "this shows the code, not the mistake"
+    return sentence
+
+
+# What is taken.
+
+
+def test_flags_are_all_here():
+    """The table above names every flag there is."""
+    assert {*vars(script.parse_args(typed(needed())))} - {"config"} == {*FLAGS}
+
+
+@for_each_flag
+def test_typed(name):
+    """A flag that is typed has the value that was typed, in its type."""
+    for value in FLAGS[name]:
+        args = script.parse_args(typed({**needed(name), name: value}))
+        assert getattr(args, name) == value and type(getattr(args, name)) is type(value)
+
+
+@for_each_flag
+def test_config(name):
+    """A flag in the config file is as one that is typed, and one that is typed wins over it."""
+    in_file, on_command_line = FLAGS[name]
+    args = script.parse_args(written({**needed(name), name: in_file}))
+    assert getattr(args, name) == in_file and type(getattr(args, name)) is type(in_file)
+    assert vars(args) == {**vars(script.parse_args(typed({**needed(name), name: in_file}))), "config": "config.yaml"}
+    args = script.parse_args(written({**needed(name), name: in_file}) + typed({name: on_command_line}))
+    assert getattr(args, name) == on_command_line
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_reference_flag(name):
+    """What the reference takes is taken here, or refused with a reason."""
+    assert name in FLAGS or len(script.REFUSED[f"--{name}"]) > 20
+
+
+def test_flags_are_used():
+    """The script reads every flag for more than checking it."""
+    tree = ast.parse((ROOT / "train_text_to_image.py").read_text())
+    outside = [node for node in tree.body if getattr(node, "name", "") not in ("parse_args", "check_args")]
+    reads = (node for statement in outside for node in ast.walk(statement) if isinstance(node, ast.Attribute))
+    assert FLAGS.keys() - {node.attr for node in reads if ast.unparse(node.value) in ("args", "self.args")} == set()
+
+
+@pytest.mark.parametrize(
+    "text, name, value",
+    [
+        ("learning_rate: 1e-4", "learning_rate", 1e-4),
+        ("learning_rate: 1", "learning_rate", 1.0),
+        ("max_train_steps: '12'", "max_train_steps", 12),
+        ("revision: 2", "revision", "2"),
+        ("seed:", "seed", None),
+        ("use_ema: off", "use_ema", False),
+        ("validation_prompts: [1, '--x', -y]", "validation_prompts", ["1", "--x", "-y"]),
+        ("", "learning_rate", 1e-4),
+        ("# only a comment", "learning_rate", 1e-4),
+    ],
+)
+def test_config_value(text, name, value):
+    """YAML's own reading of a value is not in the way."""
+    args = script.parse_args(written(text) + typed(needed()))
+    assert getattr(args, name) == value and type(getattr(args, name)) is type(value)
+
+
+def test_train_args_are_taken_back(tiny_model, pictures, tmp_path):
+    """The train_args.yaml of a run gives the same arguments, the same losses, and the same train_args.yaml."""
+    flags = {"pretrained_model_name_or_path": str(tiny_model), "train_data_dir": str(pictures), "resolution": 16}
+    flags |= {"train_batch_size": 2, "num_train_epochs": 1, "lr_warmup_steps": 0, "center_crop": True}
+    flags |= {"snr_gamma": 5.0, "hub_model_id": "1e5", "validation_prompts": ["a: b", "no"], "mixed_precision": "no"}
+    run(script, *typed(flags), "--output_dir", "first")
+    saved = yaml.safe_load((tmp_path / "first" / "train_args.yaml").read_text())
+    args = script.parse_args(["--config", "first/train_args.yaml"])
+    assert {name: value for name, value in vars(args).items() if name in saved} == saved
+    assert saved.keys() == FLAGS.keys() - {"hub_token", "overwrite_output_dir", "resume_from_checkpoint"}
+    assert {name: saved[name] for name in flags} == flags
+    assert saved["max_train_steps"] == 3 and isinstance(saved["seed"], int)
+    run(script, "--config", "first/train_args.yaml", "--output_dir", "second")
+    assert metrics("second", "loss") == metrics("first", "loss")
+    text = (tmp_path / "first" / "train_args.yaml").read_text()
+    assert (tmp_path / "second" / "train_args.yaml").read_text() == text.replace(": first\n", ": second\n")
+    assert "# torch 2." in text
+
+
+def test_help_is_instant():
+    """--help answers without loading any library but yaml."""
+    command = [sys.executable, "-X", "importtime", ROOT / "train_text_to_image.py", "--help"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
+    loaded = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "yaml" in loaded and "--resume_from_checkpoint" in done.stdout
+    heavy = {"accelerate", "bitsandbytes", "datasets", "diffusers", "numpy", "PIL", "torch", "transformers", "wandb"}
+    assert loaded & heavy == set()
+
+
+def test_mistake_is_said_at_once():
+    """A wrong flag is refused without loading any library, too."""
+    command = [sys.executable, "-X", "importtime", ROOT / "train_text_to_image.py", *typed(needed()), "--resolution=5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 2 and "error: --resolution 5" in done.stderr
+    assert "torch" not in done.stderr.replace("torch.", "")
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("learning_rat: 1", "--learning_rat"),
+        ("help: true", "help"),
+        ("config: other.yaml", "config"),
+        ("no-use_ema: true", "no-use_ema"),
+        ("1: 2", "--1"),
+        ("max_train_steps: many", "--max_train_steps"),
+        ("max_train_steps: 1.5", "--max_train_steps"),
+        ("max_train_steps: true", "max_train_steps"),
+        ("max_train_steps: [1]", "max_train_steps"),
+        ("max_train_steps: {a: 1}", "max_train_steps"),
+        ("max_train_steps: 0", "--max_train_steps"),
+        ("learning_rate: -1", "--learning_rate"),
+        ("learning_rate: .nan", "--learning_rate"),
+        ("learning_rate: false", "learning_rate"),
+        ("revision: [main]", "revision"),
+        ("revision: true", "revision"),
+        ("use_ema: 'true'", "use_ema"),
+        ("use_ema: 1", "use_ema"),
+        ("use_ema: [true]", "use_ema"),
+        ("validation_prompts: a cat", "validation_prompts"),
+        ("validation_prompts: true", "validation_prompts"),
+        ("lr_scheduler: cosin", "--lr_scheduler"),
+        ("mixed_precision: fp8", "--mixed_precision"),
+        ("resolution: 500", "--resolution"),
+        ("local_rank: 0", "local_rank"),
+        ("a: b: c", "not a readable file"),
+        ("just text", "not a readable file"),
+        ("- learning_rate\n- 1", "not a readable file"),
+        ("learning_rate: 1\nlearning_rate: [", "not a readable file"),
+        ("learning_rate: \0", "not a readable file"),
+    ],
+)
+def test_config_is_refused(capsys, text, says):
+    """A mistake in the config file is refused by the flag's name; most also by the file's."""
+    sentence = refusal(capsys, written(text) + typed(needed()))
+    assert says in sentence
+    if "--resolution" not in says:
+        assert "config.yaml" in sentence
+
+
+@pytest.mark.parametrize("path", ["missing.yaml", ".", "latin1.yaml"])
+def test_config_cannot_be_read(capsys, tmp_path, path):
+    """A config file that is not there, is a folder or is no text is refused by its name."""
+    (tmp_path / "latin1.yaml").write_bytes("revision: \xe9".encode("latin-1"))
+    assert f"--config {path} " in refusal(capsys, ["--config", path, *typed(needed())])
+
+
+MISTAKES = [
+    ("--resolution 500", "--resolution 500", "8"),
+    ("--resolution 0", "--resolution", "1"),
+    ("--learning_rate -0.5", "--learning_rate", "-0.5"),
+    ("--learning_rate=-1e-4", "--learning_rate", "-1e-4"),
+    ("--learning_rate nan", "--learning_rate", "nan"),
+    ("--learning_rate fast", "--learning_rate", "fast"),
+    ("--train_batch_size 0", "--train_batch_size", "0"),
+    ("--train_batch_size two", "--train_batch_size", "two"),
+    ("--train_batch_size 1.5", "--train_batch_size", "1.5"),
+    ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps", "0"),
+    ("--max_train_steps -1", "--max_train_steps", "-1"),
+    ("--snr_gamma -3", "--snr_gamma", "-3"),
+    ("--snr_gamma 0", "--snr_gamma", "0"),
+    ("--noise_offset nan", "--noise_offset", "nan"),
+    ("--proportion_empty_prompts 1.5", "--proportion_empty_prompts", "1.5"),
+    ("--adam_beta2 2", "--adam_beta2", "2"),
+    ("--seed -1", "--seed", "-1"),
+    ("--checkpointing_steps -1", "--checkpointing_steps", "-1"),
+    ("--validation_samples -1", "--validation_samples", "-1"),
+    ("--lr_scheduler cosin", "--lr_scheduler", "cosine"),
+    ("--image_interpolation_mode cubic", "--image_interpolation_mode", "bicubic"),
+    ("--report_to printer", "--report_to", "tensorboard"),
+    ("--prediction_type noise", "--prediction_type", "epsilon"),
+    ("--validation_steps 2 --validation_epochs 1", "--validation_steps", "--validation_epochs"),
+    ("--overwrite_output_dir --resume_from_checkpoint latest", "--overwrite_output_dir", "--resume_from_checkpoint"),
+    ("--dream_training --prediction_type v_prediction", "--dream_training", "v_prediction"),
+    ("--resume_from_checkpoint nowhere", "--resume_from_checkpoint", "nowhere"),
+    ("--resume_from_checkpoint checkpoint-best", "--resume_from_checkpoint", "checkpoint-best"),
+    ("--learning 1e-4", "--learning", "unrecognized"),
+    ("--max_train_step=5", "--max_train_step=5", "unrecognized"),
+    ("--local_rank 0", "--local_rank", "environment"),
+    ("--local_rank=0", "--local_rank", "environment"),
+    ("--train_data_dir nowhere", "--train_data_dir", "nowhere"),
+    ("--train_data_dir config.yaml", "--train_data_dir", "config.yaml"),
+    ("--dataset_name owner/data", "--train_data_dir", "--dataset_name"),
+    ("--pretrained_model_name_or_path ./nowhere", "--pretrained_model_name_or_path", "./nowhere"),
+    ("--pretrained_model_name_or_path /no/where", "--pretrained_model_name_or_path", "/no/where"),
+    ("--pretrained_model_name_or_path a/b/c", "--pretrained_model_name_or_path", "a/b/c"),
+    ("--validation_prompts", "--validation_prompts", "expected"),
+]
+
+
+@pytest.mark.parametrize("words, flag, what", MISTAKES, ids=[mistake[0] for mistake in MISTAKES])
+def test_refused(capsys, words, flag, what):
+    """A mistake on the command line is refused in one sentence that names the flag and what is wrong with it."""
+    written("")
+    sentence = refusal(capsys, typed(needed()) + words.split())
+    assert sentence.count("\n") == 1 and len(sentence) < 320
+    assert flag in sentence and what in sentence
+
+
+@pytest.mark.parametrize("name", ["pretrained_model_name_or_path", "train_data_dir"])
+def test_needed(capsys, name):
+    """A flag that a run cannot do without is asked for by name."""
+    assert f"--{name}" in refusal(capsys, typed(needed(name)))
+    assert f"--{name}" in refusal(capsys, written({name: None}) + typed(needed(name)))
