@@ -53,11 +53,11 @@ fraction = functools.partial(bounded, kind=float, low=0.0, high=1.0)
 switch = {"action": argparse.BooleanOptionalAction, "default": False}
 
 
-def read_config(argv):
+def read_config(parser, argv):
     """Reads the YAML file of --config, if there is one, as the flags that say the same."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--config")
-    path, flags = parser.parse_known_args(argv)[0].config, []
+    first = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    first.add_argument("--config")
+    path, flags = first.parse_known_args(argv)[0].config, []
     try:
         config = dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}) if path else {}
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
@@ -167,7 +167,7 @@ def parse_args(argv=None):
     add("--hub_private_repo", **switch, help="create the repository private")
 
     argv = sys.argv[1:] if argv is None else argv
-    flags = read_config(argv) + argv
+    flags = read_config(parser, argv) + argv
     for flag in REFUSED.keys() & {flag.split("=")[0] for flag in flags}:
         parser.error(f"{flag}: {REFUSED[flag]}")
     args = parser.parse_args(flags)

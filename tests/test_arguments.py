@@ -5,9 +5,10 @@ import subprocess
 import sys
 
 import pytest
-import train_text_to_image as script
 import yaml
 from conftest import ROOT, metrics, run
+
+import train_text_to_image as script
 
 
 SWITCH = (True, False)

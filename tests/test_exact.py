@@ -1,6 +1,5 @@
-"""What train_text_to_image.py promises about numbers: what they are, what they depend on, and that resuming is exact."""
+"""What train_text_to_image.py promises of its numbers: their values, what they depend on, that resuming is exact."""
 
-import copy
 import json
 import math
 import os
@@ -13,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import train_text_to_image as script
 from conftest import ROOT, make_pictures, metrics, run, same, weights
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
+
+import train_text_to_image as script
 
 
 SMALL = "--resolution 32 --train_batch_size 2 --max_train_steps 4 --seed 1 --learning_rate 1e-3 --lr_warmup_steps 0"
@@ -36,7 +36,7 @@ def flags_of(model, data, out, *flags):
 @pytest.fixture
 def train(tiny_model, pictures, tmp_path, monkeypatch):
     """A function that trains in this process, into a named folder that it returns; later flags win."""
-    monkeypatch.setattr(script, "VALIDATION_INFERENCE_STEPS", 2)
+    monkeypatch.setattr(script, "VALIDATION_STEPS", 2)
 
     def call(name, *flags):
         run(script, *flags_of(tiny_model, pictures, tmp_path / name, *flags))
@@ -164,7 +164,16 @@ PINNED = {"plain": [0.0, 0.0, 0.0, 0.0], "many": [0.0, 0.0, 0.0, 0.0]}
 def test_the_loop_by_hand(train, tiny_model, monkeypatch):
     """Losses, norms, rates and weights are those of a plain loop: mean over micro-steps, clipping, AdamW, cosine."""
     batches = count_steps(monkeypatch)
-    flags = ("--train_batch_size", 1, "--gradient_accumulation_steps", 2, "--max_train_steps", 5, "--max_grad_norm", 0.5)
+    flags = (
+        "--train_batch_size",
+        1,
+        "--gradient_accumulation_steps",
+        2,
+        "--max_train_steps",
+        5,
+        "--max_grad_norm",
+        0.5,
+    )
     out = train("out", *flags, "--lr_scheduler", "cosine", "--lr_warmup_steps", 2)
     unet = UNet2DConditionModel.from_pretrained(tiny_model / "unet").train()
     scheduler = DDPMScheduler.from_pretrained(tiny_model / "scheduler")
@@ -320,18 +329,400 @@ def test_resuming_a_finished_run(train, monkeypatch):
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--dataloader_num_workers", 2),
-        ("--no_encoding_cache",),
-        ("--encoding_cache_dir", "cold"),
-        ("--report_to", "tensorboard"),
-        ("--checkpointing_steps", 1),
-        ("--validation_prompts", "a", "b", "--validation_steps", 1),
-        ("--foreach_ema",),
-        ("--offload_ema",),
-        ("--allow_tf32",),
-        ("--checkpointing_steps", 2, "--checkpoints_total_limit", 1, "--dataloader_num_workers", 1),
+        "--dataloader_num_workers 2",
+        "--no_encoding_cache",
+        "--report_to tensorboard",
+        "--checkpointing_steps 1 --checkpoints_total_limit 1",
+        "--validation_prompts red blue --validation_steps 1",
+        "--allow_tf32",
+        "--tracker_project_name other --logging_dir elsewhere",
     ],
-    ids=" ".join,
-) if False else lambda function: function
-def placeholder():
-    """Removed below."""
+)
+def test_what_must_not_matter(train, dropout_model, plain_run, flags):
+    """Workers, cache, trackers, checkpoints and validation change no bit of the weights."""
+    out = train("out", "--pretrained_model_name_or_path", dropout_model, *RANDOM, *flags.split())
+    assert same(weights(out / "unet"), weights(plain_run / "unet"))
+    if "elsewhere" not in flags:
+        assert logged(out) == logged(plain_run)
+
+
+def test_validation_loss_changes_no_weight(train, dropout_model):
+    """Measuring the held-out loss at every step or at the ends only gives the same weights, and the same numbers."""
+    flags = ("--pretrained_model_name_or_path", dropout_model, *RANDOM, "--validation_samples", 2)
+    often = train("often", *flags, "--validation_steps", 1, "--validation_prompts", "red")
+    rarely = train("rarely", *flags, "--validation_steps", 4)
+    assert same(weights(often / "unet"), weights(rarely / "unet"))
+    assert [step for step, _ in metrics(often, "validation_loss")] == [0, 1, 2, 3, 4]
+    assert metrics(often, "validation_loss")[::4] == metrics(rarely, "validation_loss")
+
+
+def test_state_of_the_cache(train, dropout_model, plain_run, tmp_path):
+    """A cold cache, a warm one, one that a shorter run began and one with torn files give the same weights."""
+    flags = ("--pretrained_model_name_or_path", dropout_model, *RANDOM, "--encoding_cache_dir", tmp_path / "cache")
+    wanted = weights(plain_run / "unet")
+    train("shorter", *flags, "--max_train_samples", 2)
+    entries = [file for kind in ("latents", "prompts") for file in (tmp_path / "cache" / kind).iterdir()]
+    begun = {file: file.read_bytes() for file in entries}
+    for name in ("cold", "warm", "torn"):
+        if name == "torn":
+            for i, file in enumerate(sorted(begun)):
+                file.write_bytes(begun[file][: (0, 4, -1)[i % 3]])
+        assert same(weights(train(name, *flags) / "unet"), wanted), name
+        # What else is cached leaves an entry as it is.
+        assert all(file.read_bytes() == data for file, data in begun.items()), name
+
+
+def test_stale_entries_are_not_taken(train, pictures, tiny_model, tmp_path):
+    """An entry is of one picture's bytes, filter, size and encoder: what changes one of them is computed anew."""
+    data, model = shutil.copytree(pictures, tmp_path / "data"), shutil.copytree(tiny_model, tmp_path / "model")
+    shared = ("--train_data_dir", data, "--pretrained_model_name_or_path", model, "--max_train_steps", 6)
+    train("first", *shared, "--encoding_cache_dir", tmp_path / "cache")
+
+    def change_picture():
+        names = sorted(data.glob("*.png"))[:2]
+        first, second = (file.read_bytes() for file in names)
+        names[0].write_bytes(second)
+        names[1].write_bytes(first)
+
+    def change_weights(part):
+        (file,) = (model / part).glob("*.safetensors")
+        tensors = {name: tensor * 1.01 for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    changes = {
+        "filter": (("--image_interpolation_mode", "nearest"), lambda: None),
+        "resolution": (("--resolution", 48), lambda: None),
+        "picture": ((), change_picture),
+        "vae": ((), lambda: change_weights("vae")),
+        "text": ((), lambda: change_weights("text_encoder")),
+    }
+    last = weights(tmp_path / "first" / "unet")
+    for name, (flags, change) in changes.items():
+        change()
+        warm = train(f"{name}-warm", *shared, *flags, "--encoding_cache_dir", tmp_path / "cache")
+        off = train(f"{name}-off", *shared, *flags, "--no_encoding_cache")
+        assert same(weights(warm / "unet"), weights(off / "unet")), name
+        assert not same(weights(warm / "unet"), last), name
+        last = weights(warm / "unet")
+
+
+def test_a_sample_is_its_keys(wide_pictures):
+    """A sample is a function of seed and key: not of what was drawn before, nor of its batch-mates or the worker."""
+    flags = ("--random_flip", "--no-center_crop", "--proportion_empty_prompts", 0.3)
+    samples, keys = make_samples(wide_pictures, *flags), [(epoch, index) for epoch in range(4) for index in range(5)]
+    alone = {key: samples[key] for key in keys}
+    fresh = make_samples(wide_pictures, *flags)
+    assert all(equal(fresh[key], alone[key]) for key in reversed(keys))
+    loader = torch.utils.data.DataLoader(samples, batch_sampler=[keys[3:14:5], keys[::-1]], num_workers=1)
+    for batch, names in zip(loader, (keys[3:14:5], keys[::-1])):
+        for i, key in enumerate(names):
+            assert equal({name: values[i] for name, values in batch.items()}, alone[key])
+    # Every draw differs between keys, between seeds, and from the sample's other draws.
+    other = make_samples(wide_pictures, *flags, seed=2)
+    for name in ("noise", "perturbation", "posterior_noise", "offset_noise"):
+        drawn = {sample[name].tobytes() for sample in (*alone.values(), *(other[key] for key in keys))}
+        assert len(drawn) == 40, name
+    assert len({sample["timesteps"] for sample in alone.values()}) > 15
+    assert len({alone[0, 0][name].tobytes() for name in ("noise", "perturbation", "posterior_noise")}) == 3
+
+
+def test_a_flag_that_is_off_shifts_nothing(wide_pictures):
+    """Crops, flips and caption dropout change their own part of a sample, and no other draw."""
+    keys = [(epoch, index) for epoch in range(6) for index in range(5)]
+    plain = {key: make_samples(wide_pictures)[key] for key in keys}
+    changed = {
+        ("--random_flip",): {"pixel_values"},
+        ("--no-center_crop",): {"pixel_values"},
+        ("--proportion_empty_prompts", 0.5): {"caption"},
+        ("--noise_offset", 0.1, "--input_perturbation", 0.1): set(),
+    }
+    for flags, names in changed.items():
+        bent = {key: make_samples(wide_pictures, *flags)[key] for key in keys}
+        differing = {
+            name for key in keys for name in plain[key] if not np.array_equal(bent[key][name], plain[key][name])
+        }
+        assert differing == names, flags
+    flipped, dropped = (
+        {key: make_samples(wide_pictures, *flags)[key] for key in keys} for flags in list(changed)[::2]
+    )
+    mirrored = [key for key in keys if not np.array_equal(flipped[key]["pixel_values"], plain[key]["pixel_values"])]
+    assert all(torch.equal(flipped[key]["pixel_values"].flip(2), plain[key]["pixel_values"]) for key in mirrored)
+    assert 8 <= len(mirrored) <= 22
+    empty = [key for key in keys if dropped[key]["caption"] == ""]
+    assert 8 <= len(empty) <= 22 and set(empty) != set(mirrored)
+    assert all(dropped[key]["caption"] == plain[key]["caption"] for key in keys if key not in empty)
+    assert {plain[key]["caption"].startswith("again") for key in keys} == {True, False}
+
+
+def test_draws_are_distributed_as_they_should_be(wide_pictures):
+    """Noises are normal and timesteps uniform over all of the schedule, first and last included."""
+    samples = make_samples(wide_pictures)
+    drawn = [samples[epoch, index] for epoch in range(100) for index in range(5)]
+    for name in ("noise", "perturbation", "posterior_noise", "offset_noise"):
+        values = np.stack([sample[name] for sample in drawn])
+        assert values.dtype == np.float32
+        assert max(abs(values.mean()), abs(values.std() - 1)) < 4 / math.sqrt(values.size), name
+    timesteps = np.array([sample["timesteps"] for sample in drawn])
+    assert timesteps.min() >= 0 and timesteps.max() <= 999
+    assert (np.histogram(timesteps, bins=10, range=(0, 1000))[0] > 25).all()
+    short = make_samples(wide_pictures)
+    short.num_train_timesteps = 2
+    assert {int(short[epoch, 0]["timesteps"]) for epoch in range(20)} == {0, 1}
+
+
+def test_encoders_take_one_input_at_a_time(tiny_model, monkeypatch):
+    """Latents and embeddings are the same bits whatever else is in the call."""
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
+    pixels = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    prompts = ["a", "a red circle", "", "something else that is rather longer than the others"]
+    with torch.no_grad():
+        together = script.encode_pixels(pipeline.vae, pixels)
+        texts = script.encode_prompts([pipeline.tokenizer], [pipeline.text_encoder], prompts)
+        assert together.keys() == {"mean", "std"} and together["mean"].shape == (5, 4, 16, 16)
+        for i in range(5):
+            alone = script.encode_pixels(pipeline.vae, pixels[i : i + 1])
+            assert all(torch.equal(alone[name][0], together[name][i]) for name in together)
+        for i, prompt in enumerate(prompts):
+            alone = script.encode_prompts([pipeline.tokenizer], [pipeline.text_encoder], [prompt])
+            assert torch.equal(alone["encoder_hidden_states"][0], texts["encoder_hidden_states"][i])
+        wanted = pipeline.encode_prompt(prompts[1], "cpu", 1, False)[0]
+    torch.testing.assert_close(texts["encoder_hidden_states"][1:2], wanted)
+
+
+@pytest.mark.parametrize("total, size", [(2, 5), (4, 5), (5, 5), (16, 5), (3, 1), (1, 7)])
+def test_step_keys(total, size):
+    """Steps take total_batch_size keys each from permutations that follow each other without a gap or a repeat."""
+    steps = [script.step_keys(step, total_batch_size=total, size=size, seed=1) for step in range(3 * size)]
+    assert all(len(keys) == total for keys in steps)
+    stream = [key for keys in steps for key in keys]
+    epochs = [stream[i : i + size] for i in range(0, len(stream), size)]
+    assert len(epochs) == 3 * total
+    for epoch, keys in enumerate(epochs):
+        assert sorted(keys) == [(epoch, index) for index in range(size)]
+    # The stream does not know how it is cut into steps, and so not on how many processes it is consumed.
+    assert stream == [script.step_keys(i, total_batch_size=1, size=size, seed=1)[0] for i in range(len(stream))]
+    if size >= 5:
+        assert len({tuple(index for _, index in keys) for keys in epochs}) > 1
+        assert stream != [key for i in range(3 * size) for key in script.step_keys(i, total, size, 2)]
+
+
+def test_a_batch_larger_than_the_data(train, five_pictures, monkeypatch):
+    """Five pictures feed batches of seven: whole ones, and every picture as often as any other (defect 41)."""
+    batches = count_steps(monkeypatch)
+    out = train("out", "--train_data_dir", five_pictures, "--train_batch_size", 7, "--max_train_steps", 5)
+    assert [len(batch["timesteps"]) for batch in batches] == [7] * 5
+    assert (
+        Counter(caption for batch in batches for caption in batch["caption"]).values() == Counter("abcde" * 7).values()
+    )
+    assert len(metrics(out, "loss")) == 5
+
+
+# Work that is done once
+
+
+def test_encoders_run_once_an_input(train, monkeypatch, pictures):
+    """A run encodes each variant and caption that it visits once, and the next run none of them."""
+    images, texts = (
+        count_calls(monkeypatch, AutoencoderKL, "encode"),
+        count_calls(monkeypatch, CLIPTextModel, "forward"),
+    )
+    cache = pictures.parent / "cache-once"
+    flags = ("--random_flip", "--max_train_steps", 15, "--encoding_cache_dir", cache)
+    samples = make_samples(pictures, *flags)
+    visited = [samples[key] for step in range(15) for key in script.step_keys(step, 2, 6, 1)]
+    variants = {sample["pixel_values"].numpy().tobytes() for sample in visited}
+    assert 6 < len(variants) < 12  # else this would not show that only what is visited is cached
+    first = train("first", *flags)
+    assert (len(images), len(texts)) == (len(variants), 6)
+    assert all(len(pixels) == 1 for pixels in images)
+    assert len(list((cache / "latents").iterdir())) == len(variants) and len(list((cache / "prompts").iterdir())) == 6
+    images.clear()
+    texts.clear()
+    second = train("second", *flags)
+    assert (images, texts) == ([], [])
+    assert same(weights(first / "unet"), weights(second / "unet"))
+
+
+def test_a_short_run_caches_little(train, monkeypatch, tmp_path):
+    """What is met less than twice is encoded as it comes, and captions beyond the run's steps never."""
+    images, texts = (
+        count_calls(monkeypatch, AutoencoderKL, "encode"),
+        count_calls(monkeypatch, CLIPTextModel, "forward"),
+    )
+    train("out", "--max_train_steps", 2, "--encoding_cache_dir", tmp_path / "cache")
+    assert (len(images), len(texts)) == (4, 4)
+    assert not (tmp_path / "cache" / "latents").exists()
+    assert len(list((tmp_path / "cache" / "prompts").iterdir())) == 4
+
+
+def test_random_crops_are_not_cached(train, monkeypatch, wide_pictures, tmp_path, capsys):
+    """Random crops are hardly met twice, so each is encoded in its step, afresh (defect 6); the header says so."""
+    images, texts = (
+        count_calls(monkeypatch, AutoencoderKL, "encode"),
+        count_calls(monkeypatch, CLIPTextModel, "forward"),
+    )
+    flags = ("--train_data_dir", wide_pictures, "--no-center_crop", "--encoding_cache_dir", tmp_path / "cache")
+    train("out", *flags, "--max_train_steps", 8)
+    assert (len(images), len(texts)) == (16, 5)
+    assert len({pixels.numpy().tobytes() for pixels in images}) > 10
+    assert not (tmp_path / "cache" / "latents").exists()
+    assert "no latents" in capsys.readouterr().out
+
+
+def test_captions_that_are_dropped(train, monkeypatch, tmp_path):
+    """The empty caption is encoded once, like any other."""
+    texts = count_calls(monkeypatch, CLIPTextModel, "forward")
+    train("out", "--proportion_empty_prompts", 1.0, "--encoding_cache_dir", tmp_path / "cache")
+    assert len(texts) == 1 and len(list((tmp_path / "cache" / "prompts").iterdir())) == 1
+
+
+# What is saved
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--mixed_precision", "bf16"), ("--mixed_precision", "bf16", "--no_encoding_cache")]
+)
+def test_frozen_weights_and_precision(train, tiny_model, flags):
+    """The encoders leave as they came, and all weights and moments are float32, also in bf16 (defects 16 and 34)."""
+    out = train("out", *flags, "--checkpointing_steps", 4, "--use_ema")
+    for part in ("vae", "text_encoder"):
+        assert same(weights(out / part), weights(tiny_model / part)), part
+    tensors = everything(out / "checkpoint-4") | weights(out)
+    assert {tensor.dtype for name, tensor in tensors.items() if tensor.is_floating_point()} == {torch.float32}
+    trained = weights(out / "checkpoint-4" / "unet")
+    changed = [name for name, tensor in weights(tiny_model / "unet").items() if not torch.equal(trained[name], tensor)]
+    assert len(changed) == len(trained)
+    assert not all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in trained.values())
+
+
+def test_bf16_trains_alike(train, tiny_model):
+    """bf16 rounds, so its first loss is near float32's but not equal, and its weights go the same way."""
+    full, half = train("full"), train("half", "--mixed_precision", "bf16")
+    first, rounded = metrics(full, "loss")[0][1], metrics(half, "loss")[0][1]
+    assert first != rounded == pytest.approx(first, rel=2e-2)
+    assert drift(full, half, tiny_model) < 0.5
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_prediction_type_is_saved(train, tiny_model, tiny_v_model, prediction_type):
+    """What the UNet learns to predict stands in the saved scheduler, with all else as the base has it (defect 15)."""
+    for model in (tiny_model, tiny_v_model):
+        out = train(
+            f"from-{model.name}", "--pretrained_model_name_or_path", model, "--prediction_type", prediction_type
+        )
+        before, after = (
+            json.loads((folder / "scheduler" / "scheduler_config.json").read_text()) for folder in (model, out)
+        )
+        assert after == before | {"prediction_type": prediction_type}
+    assert StableDiffusionPipeline.from_pretrained(out).scheduler.config.prediction_type == prediction_type
+    assert same(weights(out / "unet"), weights(out.with_name("from-tiny") / "unet"))
+
+
+def test_a_v_model_stays_one(train, tiny_v_model):
+    """A base model that predicts v is trained and saved so without a flag, and learns."""
+    flags = ("--pretrained_model_name_or_path", tiny_v_model)
+    by_default, by_flag = train("default", *flags), train("flag", *flags, "--prediction_type", "v_prediction")
+    assert same(weights(by_default / "unet"), weights(by_flag / "unet"))
+    assert StableDiffusionPipeline.from_pretrained(by_default).scheduler.config.prediction_type == "v_prediction"
+    epsilon = train("epsilon", *flags, "--prediction_type", "epsilon")
+    assert not same(weights(epsilon / "unet"), weights(by_default / "unet"))
+
+
+def test_a_nan_in_the_base_model_stops_the_run(train, tiny_model, tmp_path, pictures):
+    """A loss that is no number ends the run at its step, with the pictures' names and without a checkpoint."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (file,) = (model / "unet").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["conv_in.bias"][0] = math.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(SystemExit) as end:
+        train("out", "--pretrained_model_name_or_path", model, "--checkpointing_steps", 1)
+    message = str(end.value)
+    assert "Step 1 " in message and "nan" in message
+    keys = script.step_keys(0, total_batch_size=2, size=6, seed=1)
+    names = sorted(file for file in pictures.iterdir() if file.suffix in (".png", ".jpg"))
+    assert {str(names[index]) for _, index in keys} == {str(name) for name in names if str(name) in message}
+    assert not list((tmp_path / "out").glob("*checkpoint*")) and not (tmp_path / "out" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("every, kept", [(1, {"checkpoint-1"}), (3, set()), (0, set())])
+def test_a_diverging_run_stops(train, tmp_path, every, kept):
+    """A run that diverges stops at the first loss that is no number, and saves nothing from there on."""
+    with pytest.raises(SystemExit, match="Step 2 .*learning rate"):
+        train("out", "--learning_rate", 1e30, "--checkpointing_steps", every, "--max_train_steps", 6)
+    assert {path.name for path in (tmp_path / "out").glob("*checkpoint*")} == kept
+    assert not (tmp_path / "out" / "model_index.json").exists()
+    assert all(math.isfinite(loss) for _, loss in metrics(tmp_path / "out", "loss"))
+
+
+def test_a_base_model_of_fp16_files_only(train, tiny_model, tmp_path):
+    """A base with nothing but .fp16 files loads, with and without --variant, and trains in float32 (defect 54)."""
+    model = tmp_path / "model"
+    StableDiffusionPipeline.from_pretrained(tiny_model).to(torch.float16).save_pretrained(model, variant="fp16")
+    assert {file.name.split(".")[-2] for file in model.rglob("*.safetensors")} == {"fp16"}
+    assert {tensor.dtype for tensor in weights(model).values()} <= {torch.float16, torch.int64}
+    out, named = (train(name, "--pretrained_model_name_or_path", model, *flags) for name, flags in VARIANTS.items())
+    assert same(weights(out), weights(named))
+    assert {tensor.dtype for tensor in weights(out).values() if tensor.is_floating_point()} == {torch.float32}
+    assert not any(".fp16." in file.name for file in out.rglob("*.safetensors"))
+    assert not all(torch.equal(tensor, tensor.half().float()) for tensor in weights(out / "unet").values())
+
+
+VARIANTS = {"found": (), "named": ("--variant", "fp16")}
+
+
+def test_a_base_model_of_pickles_is_refused(train, tiny_model, tmp_path):
+    """A base with nothing but .bin files is refused in a sentence: they are pickles."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    for file in model.rglob("*.safetensors"):
+        name = "pytorch_model.bin" if file.parent.name == "text_encoder" else "diffusion_pytorch_model.bin"
+        torch.save(load_file(file), file.with_name(name))
+        file.unlink()
+    with pytest.raises(SystemExit, match="safetensors"):
+        train("out", "--pretrained_model_name_or_path", model)
+
+
+# Several processes
+
+
+def launch(processes, *flags):
+    """Run the script on some processes, as torchrun starts them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    command += [ROOT / "train_text_to_image.py", *flags]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [str(part) for part in command], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.launch
+def test_two_processes_are_one(train, tiny_model, five_pictures, tmp_path):
+    """Two processes train as one does: each rank has its own noise (defect 9), and rates count steps (defect 8)."""
+    flags = ("--train_data_dir", five_pictures, *RANDOM, "--gradient_accumulation_steps", 2, "--max_train_steps", 5)
+    flags += ("--lr_scheduler", "cosine", "--lr_warmup_steps", 2, "--validation_samples", 1, "--validation_steps", 3)
+    one = train("one", *flags, "--train_batch_size", 2)
+    said = launch(2, *flags_of(tiny_model, five_pictures, tmp_path / "two", *flags, "--train_batch_size", 1))
+    two = tmp_path / "two"
+    for name in ("loss", "grad_norm", "validation_loss"):
+        assert metrics(two, name) == [(step, pytest.approx(value, rel=1e-4)) for step, value in metrics(one, name)]
+    rates = [(i + 1, pytest.approx(1e-3 * cosine(i, 2, 5))) for i in range(5)]
+    assert metrics(one, "lr") == rates and metrics(two, "lr") == rates
+    assert drift(one, two, tiny_model) < 1e-3
+    assert said.count("The result is in") == 1
+
+
+@pytest.mark.launch
+def test_resuming_is_exact_on_three_processes(dropout_model, five_pictures, tmp_path):
+    """Three processes that are stopped and resumed end with the bits of those that were not (defects 11 to 13)."""
+    flags = ("--max_train_steps", 4, "--checkpointing_steps", 2, "--train_batch_size", 1, *RANDOM)
+    flags += ("--gradient_accumulation_steps", 2, "--lr_scheduler", "cosine", "--validation_samples", 1)
+    launch(3, *flags_of(dropout_model, five_pictures, tmp_path / "whole", *flags))
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    flags += ("--resume_from_checkpoint", "latest")
+    launch(3, *flags_of(dropout_model, five_pictures, tmp_path / "resumed", *flags))
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert same(everything(resumed / "checkpoint-4"), everything(whole / "checkpoint-4"))
+    assert same(weights(resumed / "unet"), weights(whole / "unet"))
+    assert logged(resumed) == logged(whole) and len(metrics(whole, "loss")) == 4

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import train_text_to_image as script
 from conftest import metrics, run
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
+
+import train_text_to_image as script
 
 
 TIMESTEPS = torch.tensor([1, 150, 500, 999])
