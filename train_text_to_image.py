@@ -28,6 +28,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,7 +129,12 @@ def parse_args(argv=None):
     add("--adam_beta2", type=fraction, default=0.999, help="decay of the gradients' square")
     add("--adam_weight_decay", type=non_negative, default=1e-2, help="decoupled weight decay")
     add("--adam_epsilon", type=non_negative, default=1e-8, help="added to the denominator")
-    add("--max_grad_norm", type=non_negative, default=1.0, help="larger gradients are scaled down to this norm")
+    add(
+        "--max_grad_norm",
+        type=non_negative,
+        default=1.0,
+        help="larger gradients are scaled down to this norm; 0: none are",
+    )
     add("--use_ema", **switch, help="average the weights over the run; the average is validated and saved")
     add("--foreach_ema", **switch, help="update the average in one call: faster, more memory")
     add("--offload_ema", **switch, help="keep the average in CPU memory between steps")
@@ -343,9 +349,8 @@ def check_records(accelerator, args, records, stop):
 
     A manifest of names, sizes and modification times in the cache folder spares unchanged files the next time.
     """
-    manifest = (
-        cache_folder(args) / "checked" / digest(args.dataset_name, args.dataset_config_name, args.train_data_dir)
-    )
+    source = digest(args.dataset_name, args.dataset_config_name, args.train_data_dir)
+    manifest = cache_folder(args) / "checked" / source
     stamps = [stamp(record) for record in records]
     known = {}
     with contextlib.suppress(OSError, ValueError):  # there is none yet, or it is torn
@@ -462,9 +467,9 @@ def load_models(args):
     for variant in [args.variant] if args.variant else [None, "fp16"]:  # some come in half precision only
         files = {
             "variant": variant,
-            "cache_dir": args.cache_dir,
             "use_safetensors": True,
             "torch_dtype": torch.float32,
+            "cache_dir": args.cache_dir,
         }
         try:
             pipeline = StableDiffusionPipeline.from_pretrained(base, revision=args.revision, **files, **unused)
@@ -479,6 +484,8 @@ def load_models(args):
     if args.dream_training and prediction_type != "epsilon":
         raise SystemExit(f"--dream_training needs epsilon prediction, and {base} predicts {prediction_type}.")
     pipeline.scheduler.register_to_config(prediction_type=prediction_type)
+    for part in (pipeline, pipeline.unet, pipeline.vae):  # their files would name a folder of this machine
+        part.register_to_config(_name_or_path=Path(base).resolve().name if Path(base).exists() else base)
     ema_unet = None
     if args.use_ema:
         config = {"model_cls": UNet2DConditionModel, "model_config": pipeline.unet.config}
@@ -561,24 +568,24 @@ def fill_cache(accelerator, args, models, visits, stop):
     models.idle = [*models.text_encoders, models.vae]
     jobs = {}
     for samples, keys in visits:
-        places = [samples.place(key)[1:] for key in keys]
-        for caption in {caption for _, caption in places}:
-            samples.cached[caption] = cache_folder(args) / "prompts" / digest(*prompts_setting, caption)
-        variants = {variant for variant, _ in places}
-        if len(places) < 2 * len(variants):  # an entry that is met less than twice costs more than it spares
+        met = Counter(samples.place(key)[1:] for key in keys)
+        variants = {variant for variant, _ in met}
+        if met.total() < 2 * len(variants):  # an entry that is met less than twice costs more than it spares
             models.idle = models.text_encoders
             variants = set()
+        for _, caption in met:
+            samples.cached[caption] = cache_folder(args) / "prompts" / digest(*prompts_setting, caption)
         for variant in variants:
             name = digest(*latents_setting, samples.records[variant[0]]["digest"], *variant[1:])
             samples.cached[variant] = cache_folder(args) / "latents" / name
         jobs.update({file: (file, samples, what) for what, file in samples.cached.items()})
     jobs = [jobs[file] for file in sorted(jobs)]
+    rounds = range(0, len(jobs), accelerator.num_processes)
     with accelerator.autocast():
-        for i in tqdm(
-            range(0, len(jobs), accelerator.num_processes), "caching", disable=not accelerator.is_main_process
-        ):
-            mine = jobs[i:][accelerator.process_index : accelerator.process_index + 1]
-            agree(cache_folder(args), bool(mine), fill_entry, models, *sum(mine, ()))
+        for first in tqdm(rounds, "caching", disable=not accelerator.is_main_process):
+            mine = first + accelerator.process_index
+            job = jobs[mine] if mine < len(jobs) else ()
+            agree(cache_folder(args), bool(job), fill_entry, models, *job)
             stop.exit_if_asked()
     for model in models.idle:
         model.to("cpu")
@@ -951,9 +958,7 @@ def with_retries(call, args, repo_id, **kwargs):
         except Exception as error:  # HTTP, connection and Xet errors have no class in common
             status = getattr(getattr(error, "response", None), "status_code", 500)
             if wait == 0 or (status < 500 and status not in (408, 429)):
-                raise SystemExit(
-                    f"{repo_id} on the Hub: {error}\nA finished result can be uploaded by hand: {by_hand}"
-                )
+                raise SystemExit(f"{repo_id} on the Hub: {error}\nTo upload a finished result by hand: {by_hand}")
             time.sleep(wait)
 
 
@@ -1103,7 +1108,7 @@ def train(accelerator, args, models, optimizer, lr_scheduler, samples, held_out,
                 accelerator.backward(micro_loss)
                 loss += micro_loss.detach() / args.gradient_accumulation_steps
                 if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(models.params_to_optimize, args.max_grad_norm)
+                    grad_norm = accelerator.clip_grad_norm_(models.params_to_optimize, args.max_grad_norm or math.inf)
                 optimizer.step()
                 optimizer.zero_grad()
         row = {"step": step + 1, "lr": lr_scheduler.get_last_lr()[0]}
@@ -1116,11 +1121,9 @@ def train(accelerator, args, models, optimizer, lr_scheduler, samples, held_out,
                 models.ema_unet.to(accelerator.device)
                 models.ema_unet.step(models.params_to_optimize)
                 models.ema_unet.to("cpu" if args.offload_ema else accelerator.device)
-        row["images_per_second"] = len(keys_of(step)) / (time.perf_counter() - then)
         on_gpu = accelerator.device.type == "cuda"
-        row["memory_gib"] = (
-            torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
-        ) / 2**30
+        memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
+        row |= {"images_per_second": len(keys_of(step)) / (time.perf_counter() - then), "memory_gib": memory / 2**30}
         numbers = [loss, grad_norm, skipped, stop.signum > 0]
         numbers = torch.stack([torch.as_tensor(n, dtype=torch.float32, device=accelerator.device) for n in numbers])
         unread.append((row, keys_of(step), accelerator.reduce(numbers, "mean")))
@@ -1173,7 +1176,7 @@ def run(accelerator, args, stop):
     side = args.resolution // 2 ** (len(models.vae.config.block_out_channels) - 1)
     settings = ((models.vae.config.latent_channels, side, side), models.noise_scheduler.config.num_train_timesteps)
     samples, held_out = Samples(args, records, state.seed, *settings), Samples(args, held_out_records, 0, *settings)
-    keys = [key for step in range(state.global_step, args.max_train_steps) for key in keys_of(step)]
+    keys = (key for step in range(state.global_step, args.max_train_steps) for key in keys_of(step))
     visits = [(samples, keys), (held_out, 2 * validation_keys(held_out))]  # at least before and after
     fill_cache(accelerator, args, models, visits, stop)
 

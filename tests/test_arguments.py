@@ -186,7 +186,9 @@ def test_flags_are_used():
         ("revision: 2", "revision", "2"),
         ("seed:", "seed", None),
         ("use_ema: off", "use_ema", False),
-        ("validation_prompts: [1, '--x', -y]", "validation_prompts", ["1", "--x", "-y"]),
+        ("no-use_ema: true", "use_ema", False),
+        ("hub_model_id: ''", "hub_model_id", ""),
+        ("validation_prompts: [1, '- x']", "validation_prompts", ["1", "- x"]),
         ("", "learning_rate", 1e-4),
         ("# only a comment", "learning_rate", 1e-4),
     ],
@@ -241,25 +243,20 @@ def test_mistake_is_said_at_once():
     "text, says",
     [
         ("learning_rat: 1", "--learning_rat"),
-        ("help: true", "help"),
-        ("config: other.yaml", "config"),
-        ("no-use_ema: true", "no-use_ema"),
         ("1: 2", "--1"),
         ("max_train_steps: many", "--max_train_steps"),
         ("max_train_steps: 1.5", "--max_train_steps"),
         ("max_train_steps: true", "max_train_steps"),
-        ("max_train_steps: [1]", "max_train_steps"),
+        ("max_train_steps: [1, 2]", "2"),
         ("max_train_steps: {a: 1}", "max_train_steps"),
         ("max_train_steps: 0", "--max_train_steps"),
         ("learning_rate: -1", "--learning_rate"),
         ("learning_rate: .nan", "--learning_rate"),
         ("learning_rate: false", "learning_rate"),
-        ("revision: [main]", "revision"),
+        ("revision: [main, 2]", "2"),
         ("revision: true", "revision"),
         ("use_ema: 'true'", "use_ema"),
         ("use_ema: 1", "use_ema"),
-        ("use_ema: [true]", "use_ema"),
-        ("validation_prompts: a cat", "validation_prompts"),
         ("validation_prompts: true", "validation_prompts"),
         ("lr_scheduler: cosin", "--lr_scheduler"),
         ("mixed_precision: fp8", "--mixed_precision"),
@@ -273,11 +270,8 @@ def test_mistake_is_said_at_once():
     ],
 )
 def test_config_is_refused(capsys, text, says):
-    """A mistake in the config file is refused by the flag's name; most also by the file's."""
-    sentence = refusal(capsys, written(text) + typed(needed()))
-    assert says in sentence
-    if "--resolution" not in says:
-        assert "config.yaml" in sentence
+    """A mistake in the config file is refused by name."""
+    assert says in refusal(capsys, written(text) + typed(needed()))
 
 
 @pytest.mark.parametrize("path", ["missing.yaml", ".", "latin1.yaml"])

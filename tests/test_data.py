@@ -58,6 +58,25 @@ def check(train, monkeypatch):
     return check
 
 
+@pytest.fixture
+def used(monkeypatch):
+    """The Samples that runs make: the pictures to train on, those held out, and again for the next run."""
+    made = []
+
+    class Recorder(script.Samples):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(script, "Samples", Recorder)
+    return made
+
+
+def names_of(samples):
+    """The names of the pictures that Samples are made of."""
+    return [Path(record["name"]).stem for record in samples.records]
+
+
 def parse(data, *flags):
     """The arguments of a run on a folder."""
     return script.parse_args(
@@ -76,8 +95,8 @@ def samples_of(folder, *flags):
     args = parse(folder, *flags)
     records = []
     for record in script.read_records(args):
-        name, width, height = script.check_record(record)
-        records.append({**record, "digest": name, "size": (width, height)})
+        size = script.open_image(Path(record["name"]).read_bytes()).size
+        records.append({**record, "digest": "", "size": size})
     return script.Samples(args, records, 0, (4, 8, 8), 1000)
 
 
@@ -125,7 +144,6 @@ def test_folder_of_every_kind(tmp_path):
     }
     assert captions_of(tmp_path) == expected
     assert [*captions_of(tmp_path)] == [*expected]
-    assert all(isinstance(script.check_record(r), tuple) for r in script.read_records(parse(tmp_path)))
 
 
 def test_caption_column(tmp_path):
@@ -256,23 +274,33 @@ def test_decoding_cmyk(tmp_path, monkeypatch):
     assert np.abs(np.subtract(decode(image, "JPEG"), (255, 0, 0))).max() < 4
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-@pytest.mark.parametrize("orientation, top_left", [(1, "red"), (3, "blue"), (6, "red"), (8, "blue")])
-def test_exif_rotation(tmp_path, kind, orientation, top_left):
-    """A picture that its camera held sideways, here red left and blue right, stands upright, as does its size."""
-    image = Image.new("RGB", (16, 8), "red")
-    image.paste("blue", (8, 0, 16, 8))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    image.save(tmp_path / f"a.{kind.lower()}", kind, exif=exif)
-    (tmp_path / "a.txt").write_text("x")
-    (record,) = script.read_records(parse(tmp_path))
-    size = (8, 16) if orientation in (6, 8) else (16, 8)
-    assert script.check_record(record)[1:] == size
-    opened = script.open_image((tmp_path / f"a.{kind.lower()}").read_bytes())
-    assert opened.size == size
-    corner, other = opened.getpixel((0, 0)), opened.getpixel((size[0] - 1, size[1] - 1))
-    assert (corner[0] > 200, other[2] > 200) == (top_left == "red",) * 2
+def test_exif_rotation(train, used, tmp_path):
+    """Pictures that their camera held sideways, here red left and blue right, are trained on upright."""
+    expected = {}
+    for orientation, size, red in (
+        (1, (16, 8), "left"),
+        (3, (16, 8), "right"),
+        (6, (8, 16), "top"),
+        (8, (8, 16), "bottom"),
+    ):
+        for kind in ("PNG", "JPEG"):
+            image = Image.new("RGB", (16, 8), "red")
+            image.paste("blue", (8, 0, 16, 8))
+            exif = Image.Exif()
+            exif[0x0112] = orientation
+            path = tmp_path / "pictures" / f"{orientation}.{kind.lower()}"
+            path.parent.mkdir(exist_ok=True)
+            image.save(path, kind, exif=exif)
+            path.with_suffix(".txt").write_text("x")
+            expected[path.name] = (size, red)
+    train(tmp_path / "pictures", "--center_crop", "--resolution", 8, "--max_train_steps", 1)
+    samples = used[0]
+    for i, record in enumerate(samples.records):
+        size, red = expected[Path(record["name"]).name]
+        pixels = samples.pixels(samples.place((0, i))[1])
+        halves = {"left": pixels[:, :, :3], "right": pixels[:, :, 5:], "top": pixels[:, :3], "bottom": pixels[:, 5:]}
+        assert tuple(record["size"]) == size
+        assert [name for name, half in halves.items() if half[0].min() > 0.9 and half[2].max() < -0.9] == [red]
 
 
 # What is refused.
@@ -375,7 +403,7 @@ def test_picture_without_bytes(check, tmp_path):
         ("metadata.jsonl", '{"file_name": "000.png", "text": "x"}\n{"file_name": "001.png", "te', "cannot be read"),
         ("metadata.jsonl", '["000.png", "x"]\n', ""),
         ("metadata.jsonl", '{"file_name": null, "text": "x"}\n', ""),
-        ("metadata.csv", "file_name,text\n000.png\n", ""),
+        ("metadata.csv", "file_name,text\n000.png\n", None),
         ("metadata.csv", "file_name,text\n000.png,x,y\n", None),
         ("metadata.csv", 'file_name,text\n000.png,"' + "x" * 200_000 + '"\n', ""),
         ("metadata.jsonl", '{"file_name": "000.png", "text": "caf\xe9"}\n', "cannot be read"),
@@ -435,47 +463,34 @@ def test_nothing_left_to_train_on(check, pictures, flags):
 # How many there are.
 
 
-@pytest.fixture
-def used(monkeypatch):
-    """The names of the pictures that Samples are made of, in the order in which they are: training, held out."""
-    sets = []
-
-    class Recorder(script.Samples):
-        def __init__(self, args, records, *rest):
-            super().__init__(args, records, *rest)
-            sets.append([Path(record["name"]).stem for record in records])
-
-    monkeypatch.setattr(script, "Samples", Recorder)
-    return sets
-
-
 ALL = ["000", "001", "002", "003", "004", "005"]
 
 
 def test_max_train_samples(train, pictures, used, capsys):
     """So many pictures are drawn, by the seed, in their order; more than there are means all of them."""
     train(pictures, "--max_train_samples", 100, "--max_train_steps", 1, output="all")
-    assert used.pop(0) == ALL and used.pop(0) == []
+    assert [names_of(samples) for samples in used] == [ALL, []]
     draws = []
     for seed in range(4):
         flags = ["--max_train_samples", 3, "--seed", seed, "--max_train_steps", 1]
+        used.clear()
         capsys.readouterr()
         train(pictures, *flags, output=f"seed-{seed}")
         assert "pictures   3 to train on, 0 held out" in capsys.readouterr().out
-        assert len(used[0]) == 3 and used[0] == sorted({*used[0]} & {*ALL})
-        draws.append(used.pop(0))
-        used.clear()
+        draws.append(names_of(used[0]))
+        assert len(draws[-1]) == 3 and draws[-1] == sorted({*draws[-1]} & {*ALL})
     assert len({*map(tuple, draws)}) > 1
     train(pictures, *flags, output="again")
-    assert used[0] == draws[-1]
+    assert names_of(used[-2]) == draws[-1]
 
 
 def test_validation_samples(train, pictures, used):
     """Held-out pictures are not trained on, nor drawn by the seed."""
     for seed in (1, 2):
         train(pictures, "--validation_samples", 2, "--seed", seed, "--max_train_steps", 1, output=f"seed-{seed}")
-    assert [len(names) for names in used] == [4, 2, 4, 2]
-    assert sorted(used[0] + used[1]) == ALL and used[:2] == used[2:]
+    trained, held_out, *again = map(names_of, used)
+    assert len(held_out) == 2 and sorted(trained + held_out) == ALL
+    assert again == [trained, held_out]
 
 
 # How often pictures are decoded.
