@@ -85,6 +85,7 @@ def run_script(script, argv, log, environment=None, namespace=None, watched=None
     the count-th change that matches.
     """
     os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # the platform's own for what the run starts
     out = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     os.dup2(out, 1)
     os.dup2(out, 2)

@@ -307,7 +307,7 @@ MISTAKES = [
     ("--prediction_type noise", "--prediction_type", "epsilon"),
     ("--validation_steps 2 --validation_epochs 1", "--validation_steps", "--validation_epochs"),
     ("--overwrite_output_dir --resume_from_checkpoint latest", "--overwrite_output_dir", "--resume_from_checkpoint"),
-    ("--dream_training --prediction_type v_prediction", "--dream_training", "v_prediction"),
+    ("--dream_training --prediction_type v_prediction", "--dream_training", "--prediction_type"),
     ("--resume_from_checkpoint nowhere", "--resume_from_checkpoint", "nowhere"),
     ("--resume_from_checkpoint checkpoint-best", "--resume_from_checkpoint", "checkpoint-best"),
     ("--learning 1e-4", "--learning", "unrecognized"),
