@@ -23,6 +23,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -41,10 +42,10 @@ REFUSED = {"--local_rank": "launchers pass the rank in the environment, so leave
 
 def bounded(text, kind, low, high=math.inf):
     """Parses a number of some kind, int or float, that is neither below low nor above high."""
-    value = kind(text)
-    if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"must be {low} to {high}, not {text}")
-    return value
+    with contextlib.suppress(ValueError):
+        if low <= kind(text) <= high:
+            return kind(text)
+    raise argparse.ArgumentTypeError(f"must be a number of type {kind.__name__} from {low} to {high}, not {text}")
 
 
 positive_int = functools.partial(bounded, kind=int, low=1)
@@ -248,22 +249,32 @@ def digest(*parts):
     return blake.hexdigest()
 
 
+def read_metadata(file, caption_column):
+    """Returns the captions of a metadata.jsonl or metadata.csv by picture, None where a row has none."""
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as lines:
+            rows = list(csv.DictReader(lines) if file.suffix == ".csv" else map(json.loads, filter(str.strip, lines)))
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        for column in ("file_name", caption_column):
+            if column not in columns:
+                raise SystemExit(f"{file} has no column {column!r}, but {columns}; see --caption_column.")
+        return {file.parent / row["file_name"]: row.get(caption_column) for row in rows}
+    except (ValueError, TypeError, LookupError, AttributeError, csv.Error) as error:
+        raise SystemExit(f"{file} cannot be read: {error}")
+
+
 def read_folder(folder, caption_column):
     """Lists the pictures under a folder with the captions that metadata files or .txt files beside them give."""
     captions = {}
-    for metadata in [*folder.rglob("metadata.jsonl"), *folder.rglob("metadata.csv")]:
-        with open(metadata, newline="", encoding="utf-8") as lines:
-            try:
-                for row in csv.DictReader(lines) if metadata.suffix == ".csv" else map(json.loads, lines):
-                    captions[metadata.parent / row["file_name"]] = row[caption_column]
-            except KeyError as column:
-                raise SystemExit(f"{metadata} has no column {column}, but {list(row)}; see --caption_column.")
-            except ValueError as error:
-                raise SystemExit(f"{metadata} cannot be read: {error}")
+    for metadata in sorted([*folder.rglob("metadata.jsonl"), *folder.rglob("metadata.csv")]):
+        captions |= read_metadata(metadata, caption_column)
     for file in folder.rglob("*"):
-        if file.suffix.lower() in PICTURES and captions.get(file) is None:
-            beside = file.with_suffix(".txt")
-            captions[file] = beside.read_text(encoding="utf-8") if beside.is_file() else None
+        beside = file.with_suffix(".txt")
+        if file.suffix.lower() in PICTURES and captions.setdefault(file) is None and beside.is_file():
+            try:
+                captions[file] = beside.read_text(encoding="utf-8-sig")
+            except ValueError as error:
+                raise SystemExit(f"{beside} is not UTF-8 text: {error}")
     return [{"name": str(file), "rows": None, "captions": captions[file]} for file in sorted(captions)]
 
 
@@ -468,7 +479,7 @@ def load_models(args):
         files = {
             "variant": variant,
             "use_safetensors": True,
-            "torch_dtype": torch.float32,
+            "dtype": torch.float32,
             "cache_dir": args.cache_dir,
         }
         try:
@@ -951,13 +962,14 @@ def write_model_card(args, state, repo_id):
 
 def with_retries(call, args, repo_id, **kwargs):
     """Calls the Hub, and again after passing failures, five times at most."""
-    by_hand = f"hf upload {repo_id} {args.output_dir} --exclude 'checkpoint-*' '{args.logging_dir}/*' train_args.yaml"
+    by_hand = ["hf", "upload", repo_id, args.output_dir, *(f"--exclude={pattern}" for pattern in kept_back(args))]
     for wait in (1, 2, 4, 8, 0):
         try:
             return call(repo_id=repo_id, token=args.hub_token, **kwargs)
         except Exception as error:  # HTTP, connection and Xet errors have no class in common
             status = getattr(getattr(error, "response", None), "status_code", 500)
-            if wait == 0 or (status < 500 and status not in (408, 429)):
+            if wait == 0 or isinstance(error, ValueError) or (status < 500 and status not in (408, 429)):
+                by_hand = shlex.join(by_hand)
                 raise SystemExit(f"{repo_id} on the Hub: {error}\nTo upload a finished result by hand: {by_hand}")
             time.sleep(wait)
 
@@ -968,10 +980,14 @@ def open_repository(args):
     return with_retries(create_repo, args, name, private=args.hub_private_repo or None, exist_ok=True).repo_id
 
 
+def kept_back(args):
+    """Patterns of what is not uploaded: checkpoints, logs, and the arguments with their local paths."""
+    return ["checkpoint-*", ".checkpoint-*", f"{Path(args.logging_dir).as_posix()}/*", "train_args.yaml"]
+
+
 def publish(args, repo_id):
-    """Uploads the result, without checkpoints, logs and the arguments with their local paths."""
-    left_out = ["checkpoint-*", ".checkpoint-*", f"{args.logging_dir}/*", "train_args.yaml"]
-    folder = {"folder_path": args.output_dir, "ignore_patterns": left_out}
+    """Uploads the result."""
+    folder = {"folder_path": args.output_dir, "ignore_patterns": kept_back(args)}
     with_retries(upload_folder, args, repo_id, commit_message="End of training", **folder)
 
 

@@ -5,6 +5,7 @@ Its processes import this file, so it imports neither conftest nor a heavy libra
 
 import contextlib
 import ctypes
+import faulthandler
 import importlib
 import multiprocessing
 import os
@@ -44,6 +45,9 @@ class Run:
         wait = getattr(self.process, "join", None) or self.process.wait
         wait(timeout)
         code = self.process.exitcode if hasattr(self.process, "exitcode") else self.process.returncode
+        if code is None and hasattr(self.process, "exitcode"):
+            os.kill(self.pid, signal.SIGUSR2)  # says where it is
+            time.sleep(0.2)
         assert code is not None, f"still runs after {timeout} s:\n{self.output()}"
         return code
 
@@ -89,6 +93,7 @@ def run_script(script, argv, log, environment=None, namespace=None, watched=None
     out = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     os.dup2(out, 1)
     os.dup2(out, 2)
+    faulthandler.register(signal.SIGUSR2)
     os.environ.update(environment or {})
     for kind in ("user", "mnt") if namespace else ():
         if os.readlink(f"/proc/{namespace}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}"):
@@ -99,11 +104,12 @@ def run_script(script, argv, log, environment=None, namespace=None, watched=None
     sys.argv = [script, *argv]
     if watched:
         watch(str(watched), f"{log}.changes", *(trigger or ("$^", 1, ("kill", 0))))
+    code = 0
     try:
         module.main(module.parse_args(argv))
-    except KeyboardInterrupt:  # as Python does at the top level
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
+    except SystemExit as end:
+        code = end.code
+    sys.exit(code)  # here, as at a script's top level, nothing holds the frames of the run any more
 
 
 def watch(folder, journal, pattern, count, action):

@@ -181,10 +181,12 @@ def test_the_loop_by_hand(train, tiny_model, monkeypatch):
         "--max_grad_norm",
         0.5,
     )
+    flags += ("--adam_beta1", 0.8, "--adam_beta2", 0.95, "--adam_epsilon", 1e-6, "--adam_weight_decay", 1.0)
     out = train("out", *flags, "--lr_scheduler", "cosine", "--lr_warmup_steps", 2)
     unet = UNet2DConditionModel.from_pretrained(tiny_model / "unet").train()
     scheduler = DDPMScheduler.from_pretrained(tiny_model / "scheduler")
-    optimizer = torch.optim.AdamW(unet.parameters(), weight_decay=1e-2, foreach=False, fused=False)
+    settings = {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 1.0}
+    optimizer = torch.optim.AdamW(unet.parameters(), **settings, foreach=False, fused=False)
     losses, norms, rates = [], [], []
     for step in range(5):
         total = 0
