@@ -16,6 +16,7 @@ import contextlib
 import csv
 import ctypes
 import functools
+import glob
 import hashlib
 import io
 import json
@@ -65,7 +66,9 @@ def read_config(parser, argv):
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         parser.error(f"--config {path} is not a readable file of 'flag: value' lines: {error}")
     for name, value in config.items():
-        if isinstance(value, bool):
+        if value is False and f"--no-{name}" not in parser._option_string_actions:
+            flags += [f"--{name}=no"]  # YAML takes a plain no for false
+        elif isinstance(value, bool):
             flags += [f"--{name}" if value else f"--no-{name}"]
         elif isinstance(value, list):
             flags += [f"--{name}", *map(str, value)]
@@ -263,12 +266,18 @@ def read_metadata(file, caption_column):
         raise SystemExit(f"{file} cannot be read: {error}")
 
 
-def read_folder(folder, caption_column):
-    """Lists the pictures under a folder with the captions that metadata files or .txt files beside them give."""
+def list_files(folder):
+    """Lists the files under a folder, sorted; hidden ones are left out, links to folders are followed."""
+    return sorted(Path(file) for file in glob.glob(f"{glob.escape(str(folder))}/**", recursive=True))
+
+
+def read_folder(files, caption_column):
+    """Lists the pictures among some files with the captions that metadata files or .txt files beside them give."""
     captions = {}
-    for metadata in sorted([*folder.rglob("metadata.jsonl"), *folder.rglob("metadata.csv")]):
-        captions |= read_metadata(metadata, caption_column)
-    for file in folder.rglob("*"):
+    for metadata in files:
+        if metadata.name in ("metadata.jsonl", "metadata.csv"):
+            captions |= read_metadata(metadata, caption_column)
+    for file in files:
         beside = file.with_suffix(".txt")
         if file.suffix.lower() in PICTURES and captions.setdefault(file) is None and beside.is_file():
             try:
@@ -278,11 +287,10 @@ def read_folder(folder, caption_column):
     return [{"name": str(file), "rows": None, "captions": captions[file]} for file in sorted(captions)]
 
 
-def read_rows(args):
+def read_rows(args, files):
     """Lists the rows of a Hub or parquet data set with their captions; the pictures stay encoded."""
     try:
-        files = [str(file) for file in sorted(Path(args.train_data_dir or ".").rglob("*.parquet"))]
-        parquet = {"path": "parquet", "data_files": {"train": files}}
+        parquet = {"path": "parquet", "data_files": {"train": [str(file) for file in files]}}
         source = {"path": args.dataset_name, "name": args.dataset_config_name} if args.dataset_name else parquet
         rows = datasets.load_dataset(**source, split="train", cache_dir=args.cache_dir)
     except Exception as error:  # anything, from an unknown name to a broken file
@@ -297,10 +305,12 @@ def read_rows(args):
 
 def read_records(args):
     """Lists the captioned pictures of --dataset_name or --train_data_dir in an order that is the same everywhere."""
-    if args.dataset_name or any(Path(args.train_data_dir).rglob("*.parquet")):
-        records = read_rows(args)
+    files = [] if args.dataset_name else list_files(args.train_data_dir)
+    parquet = [file for file in files if file.suffix == ".parquet"]
+    if args.dataset_name or parquet:
+        records = read_rows(args, parquet)
     else:
-        records = read_folder(Path(args.train_data_dir), args.caption_column)
+        records = read_folder(files, args.caption_column)
     if not records:
         raise SystemExit(f"{args.dataset_name or args.train_data_dir} holds no pictures {sorted(PICTURES)}.")
     for record in records:
@@ -946,7 +956,10 @@ def write_model_card(args, state, repo_id):
     base, data = (None if not name or Path(name).exists() else name for name in (base, data))
     header = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["stable-diffusion"]}
     header = ModelCardData(base_model=base, datasets=data, **header).to_yaml()
-    settings = {n: v for n, v in state.args.items() if isinstance(v, (bool, int, float)) and v is not False}
+    words = ("lr_scheduler", "mixed_precision", "prediction_type")
+    settings = {
+        n: v for n, v in state.args.items() if (isinstance(v, (int, float)) or n in words) and v not in (None, False)
+    }
     base = base or Path(args.pretrained_model_name_or_path).resolve().name
     grid = f"samples/step-{state.global_step:06d}.png"
     card = [f"---\n{header}\n---\n\n# {repo_id}"]
@@ -1009,6 +1022,10 @@ def make_accelerator(args):
             f"The launcher started {os.environ['WORLD_SIZE']} processes, each of which would train alone. "
             "On CPUs, set ACCELERATE_USE_CPU=true; on GPUs, start no more processes than there are GPUs."
         )
+    if args.report_to not in ("none", "all") and not accelerator.log_with:
+        raise SystemExit(f"--report_to {args.report_to} is not installed: pip install {args.report_to}")
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise SystemExit("--mixed_precision fp16 needs a GPU; on a CPU, take bf16 or no.")
     # save_weights and load_weights do the models, so that diffusers can load them from a checkpoint.
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
@@ -1023,7 +1040,9 @@ def total_batch_size(accelerator, args):
 
 def prepare_training(accelerator, args, models):
     """Brings the UNet, its average and a new optimizer to the device; returns the optimizer."""
-    models.unet.to(accelerator.device, memory_format=torch.channels_last)
+    # bitsandbytes makes the weights contiguous as it steps, so a resumed run would start in another layout.
+    layout = torch.contiguous_format if args.use_8bit_adam else torch.channels_last
+    models.unet.to(accelerator.device, memory_format=layout)
     if args.gradient_checkpointing:
         models.unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -1106,6 +1125,8 @@ def train(accelerator, args, models, optimizer, lr_scheduler, samples, held_out,
     """Takes the optimizer steps that are left, logging, validating and saving as asked; a signal ends it early."""
     batches = load_batches(accelerator, args, samples, keys_of, state)
     validates = bool(args.validation_prompts or len(held_out))
+    steps_per_epoch = math.ceil(len(samples) / len(keys_of(0)))
+    validation_steps = args.validation_steps or (args.validation_epochs or 5) * steps_per_epoch
     if validates and state.global_step == 0:
         log_validation(accelerator, args, models, held_out, state, stop)
     bar = {"total": args.max_train_steps, "initial": state.global_step, "disable": not accelerator.is_main_process}
@@ -1144,7 +1165,7 @@ def train(accelerator, args, models, optimizer, lr_scheduler, samples, held_out,
         numbers = torch.stack([torch.as_tensor(n, dtype=torch.float32, device=accelerator.device) for n in numbers])
         unread.append((row, keys_of(step), accelerator.reduce(numbers, "mean")))
         finished = state.global_step == args.max_train_steps
-        validate = validates and (finished or state.global_step % args.validation_steps == 0)
+        validate = validates and (finished or state.global_step % validation_steps == 0)
         save = args.checkpointing_steps and state.global_step % args.checkpointing_steps == 0
         # Read one step late, so that the device never waits, or at once where something follows from the numbers.
         keep = 0 if validate or save or finished else 1
@@ -1173,10 +1194,7 @@ def run(accelerator, args, stop):
     records = check_records(accelerator, args, read_records(args), stop)
     records, held_out_records = split_records(args, records, state.seed)
     total = total_batch_size(accelerator, args)
-    steps_per_epoch = math.ceil(len(records) / total)
-    args.max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    args.validation_steps = args.validation_steps or (args.validation_epochs or 5) * steps_per_epoch
-    args.validation_epochs = None
+    args.max_train_steps = args.max_train_steps or args.num_train_epochs * math.ceil(len(records) / total)
     keys_of = functools.partial(step_keys, total_batch_size=total, size=len(records), seed=state.seed)
 
     # Models.
@@ -1185,6 +1203,9 @@ def run(accelerator, args, stop):
         "script": Path(__file__).stem,
         "base model": digest(models.vae_digest, models.text_digest, [p.shape for p in models.params_to_optimize]),
         "data set": digest([(record["digest"], record["captions"]) for record in records]),
+        "prediction type": models.noise_scheduler.config.prediction_type,
+        "--use_ema": args.use_ema,
+        "--use_8bit_adam": args.use_8bit_adam,
     }
     check_resumed(accelerator, args, state, identity)
 

@@ -30,6 +30,7 @@ SHARED = {
     "read_config",
     "digest",
     "read_metadata",
+    "list_files",
     "read_folder",
     "read_rows",
     "read_bytes",
