@@ -4,20 +4,24 @@ python demo/before_after.py [OUTPUT_DIR]
 """
 
 import json
+import logging
 import os
 import sys
+import textwrap
 from pathlib import Path
 
 import yaml
 
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import torch
 from diffusers import StableDiffusionPipeline
-from diffusers.utils import logging
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
 
 SIDE = 128  # pixels of a picture on the sheet
@@ -37,8 +41,8 @@ def draw(model: str, args: dict) -> list[Image.Image]:
 
 def main(output_dir: str) -> None:
     """Writes before_after.png into the output folder and says what was made."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
     args = yaml.safe_load(Path(output_dir, "train_args.yaml").read_text())
     prompts = args["validation_prompts"]
     rows = {"before": draw(args["pretrained_model_name_or_path"], args), "after": draw(output_dir, args)}
@@ -50,8 +54,7 @@ def main(output_dir: str) -> None:
             place = (MARGIN + SIDE * column, 44 + SIDE * row)
             sheet.paste(image.resize((SIDE - 4, SIDE - 4), Image.Resampling.LANCZOS), place)
     for column, prompt in enumerate(prompts):
-        words = prompt.split()
-        lines = " ".join(words[: len(words) // 2]) + "\n" + " ".join(words[len(words) // 2 :])
+        lines = textwrap.fill(prompt, 18)
         pen.text(
             (MARGIN + SIDE * column + SIDE // 2, 4), lines, "black", ImageFont.load_default(14), "ma", align="center"
         )

@@ -12,6 +12,7 @@ import os
 import re
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -42,8 +43,8 @@ class Run:
 
     def wait(self, timeout: float = 120) -> int:
         """Waits for the end, and returns the exit code, or minus the signal that killed it."""
-        wait = getattr(self.process, "join", None) or self.process.wait
-        wait(timeout)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            (getattr(self.process, "join", None) or self.process.wait)(timeout)
         code = self.process.exitcode if hasattr(self.process, "exitcode") else self.process.returncode
         if code is None and hasattr(self.process, "exitcode"):
             os.kill(self.pid, signal.SIGUSR2)  # says where it is
