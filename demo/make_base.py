@@ -20,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+
 # transformers warns that torchvision is absent, which is not used here.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
