@@ -22,6 +22,7 @@ import io
 import json
 import logging
 import math
+import multiprocessing
 import os
 import re
 import shlex
@@ -30,6 +31,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
@@ -53,6 +55,7 @@ positive_int = functools.partial(bounded, kind=int, low=1)
 natural_int = functools.partial(bounded, kind=int, low=0)
 non_negative = functools.partial(bounded, kind=float, low=0.0)
 fraction = functools.partial(bounded, kind=float, low=0.0, high=1.0)
+below_one = functools.partial(bounded, kind=float, low=0.0, high=0.999999)
 switch = {"action": argparse.BooleanOptionalAction, "default": False}
 
 
@@ -129,8 +132,8 @@ def parse_args(argv=None):
     add("--lr_scheduler", default="constant", choices=shapes, help="shape of the learning rate over the run")
     add("--lr_warmup_steps", type=natural_int, default=500, help="optimizer steps of linear warmup")
     add("--use_8bit_adam", **switch, help="8-bit AdamW of bitsandbytes: a quarter of the optimizer's memory")
-    add("--adam_beta1", type=fraction, default=0.9, help="decay of the gradients' mean")
-    add("--adam_beta2", type=fraction, default=0.999, help="decay of the gradients' square")
+    add("--adam_beta1", type=below_one, default=0.9, help="decay of the gradients' mean")
+    add("--adam_beta2", type=below_one, default=0.999, help="decay of the gradients' square")
     add("--adam_weight_decay", type=non_negative, default=1e-2, help="decoupled weight decay")
     add("--adam_epsilon", type=non_negative, default=1e-8, help="added to the denominator")
     add(
@@ -237,6 +240,18 @@ from tqdm.contrib.concurrent import thread_map
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 VALIDATION_STEPS = 25  # of the sampler
 VALIDATION_DRAWS = 4  # noises and timesteps for each held-out picture
+# What is uploaded: no checkpoints, no logs, no arguments with their local paths.
+PUBLISHED = [
+    "README.md",
+    "model_index.json",
+    "samples/*",
+    "unet/*",
+    "vae/*",
+    "text_encoder/*",
+    "tokenizer/*",
+    "scheduler/*",
+]
+STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1"} & {*dir(signal)}
 UNSAVED = {"config", "hub_token", "overwrite_output_dir", "resume_from_checkpoint"}
 
 
@@ -298,7 +313,7 @@ def read_rows(args, files):
     for flag, column in (("--image_column", args.image_column), ("--caption_column", args.caption_column)):
         if column not in rows.column_names:
             raise SystemExit(f"{flag} {column} is not among the data set's columns {', '.join(rows.column_names)}.")
-    captions = rows[args.caption_column]
+    captions = rows[args.caption_column][:]
     rows = rows.select_columns([args.image_column]).cast_column(args.image_column, datasets.Image(decode=False))
     return [{"name": f"row {i}", "rows": rows, "row": i, "captions": captions[i]} for i in range(len(rows))]
 
@@ -365,6 +380,14 @@ def stamp(record):
     return digest(*state, bool(record["captions"]))
 
 
+def read_manifest(file):
+    """Returns what is known of checked pictures, by their stamps."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):  # there is none yet, or it is torn
+        return {}
+
+
 def check_records(accelerator, args, records, stop):
     """Decodes every picture once, lists all bad ones, and returns the good ones with their "digest" and "size" (w, h).
 
@@ -373,26 +396,24 @@ def check_records(accelerator, args, records, stop):
     source = digest(args.dataset_name, args.dataset_config_name, args.train_data_dir)
     manifest = cache_folder(args) / "checked" / source
     stamps = [stamp(record) for record in records]
-    known = {}
-    with contextlib.suppress(OSError, ValueError):  # there is none yet, or it is torn
-        known = json.loads(manifest.read_text())
+    known = agree(manifest.parent, accelerator.is_main_process, read_manifest, manifest)
     new = [i for i in range(len(records)) if stamps[i] not in known]
     mine = new[accelerator.process_index :: accelerator.num_processes]
     quiet = not mine or not accelerator.is_main_process
     found = thread_map(check_record, [records[i] for i in mine], [stop] * len(mine), desc="checking", disable=quiet)
     found = dict(gather_object(list(zip(mine, found))))
-    stop.exit_if_asked()
     bad = {i: found[i] for i in sorted(found) if isinstance(found[i], str)}
     known.update({stamps[i]: result for i, result in found.items() if i not in bad})
+    if not args.no_encoding_cache:
+        text = json.dumps({key: known[key] for key in stamps if key in known})
+        agree(manifest.parent, accelerator.is_main_process, replace_file, manifest, text.encode())
+    stop.exit_if_asked()
     if bad:
         listing = "".join(f"\n  {records[i]['name']} {reason}" for i, reason in bad.items())
         listing = f"{len(bad)} of {len(records)} pictures cannot be used:{listing}"
         if args.on_bad_image == "error" or len(bad) == len(records):
             raise SystemExit(f"{listing}\nMend or remove them, or leave them out by --on_bad_image skip.")
         accelerator.print(listing)
-    if not args.no_encoding_cache:
-        text = json.dumps({key: known[key] for key in stamps if key in known})
-        agree(manifest.parent, accelerator.is_main_process, replace_file, manifest, text.encode())
     good = [i for i in range(len(records)) if i not in bad]
     return [{**records[i], "digest": known[stamps[i]][0], "size": known[stamps[i]][1:]} for i in good]
 
@@ -477,8 +498,8 @@ class Samples(torch.utils.data.Dataset):
 
 
 def weights_digest(model):
-    """Names a model by the values of its weights."""
-    return digest(*(tensor.contiguous().numpy() for tensor in model.state_dict().values()))
+    """Names a model by its layers and the values of its weights."""
+    return digest(repr(model), *(tensor.contiguous().numpy() for tensor in model.state_dict().values()))
 
 
 def load_models(args):
@@ -579,6 +600,7 @@ def fill_cache(accelerator, args, models, visits, stop):
         model.requires_grad_(False)
         model.to(accelerator.device, memory_format=torch.channels_last)
     if args.no_encoding_cache:
+        accelerator.print("cache      off")
         return
     # The name of an entry says all that its bits depend on.
     device = accelerator.device.type
@@ -589,25 +611,31 @@ def fill_cache(accelerator, args, models, visits, stop):
     models.idle = [*models.text_encoders, models.vae]
     jobs = {}
     for samples, keys in visits:
-        met = Counter(samples.place(key)[1:] for key in keys)
+        plan = tqdm(keys, "planning", delay=5, disable=not accelerator.is_main_process)
+        met = Counter(samples.place(key)[1:] for key in plan)
         variants = {variant for variant, _ in met}
         if met.total() < 2 * len(variants):  # an entry that is met less than twice costs more than it spares
             models.idle = models.text_encoders
             variants = set()
         for _, caption in met:
-            samples.cached[caption] = cache_folder(args) / "prompts" / digest(*prompts_setting, caption)
+            name = digest(*prompts_setting, [tokenizer(caption).input_ids for tokenizer in models.tokenizers])
+            samples.cached[caption] = cache_folder(args) / "prompts" / name
         for variant in variants:
             name = digest(*latents_setting, samples.records[variant[0]]["digest"], *variant[1:])
             samples.cached[variant] = cache_folder(args) / "latents" / name
         jobs.update({file: (file, samples, what) for what, file in samples.cached.items()})
     jobs = [jobs[file] for file in sorted(jobs)]
-    rounds = range(0, len(jobs), accelerator.num_processes)
+    # Machines need not share a disk, so each fills its own.
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
     with accelerator.autocast():
-        for first in tqdm(rounds, "caching", disable=not accelerator.is_main_process):
-            mine = first + accelerator.process_index
+        for first in tqdm(range(0, len(jobs), ranks_here), "caching", disable=not accelerator.is_main_process):
+            mine = first + accelerator.local_process_index
             job = jobs[mine] if mine < len(jobs) else ()
             agree(cache_folder(args), bool(job), fill_entry, models, *job)
             stop.exit_if_asked()
+    size = sum(file.stat().st_size for file, *_ in jobs) / 2**30
+    why = "" if models.vae in models.idle else "; latents are not cached, as the run meets most crops just once"
+    accelerator.print(f"cache      {size:.3f} GiB in {cache_folder(args)}{why}")
     for model in models.idle:
         model.to("cpu")
     torch.cuda.empty_cache()
@@ -689,17 +717,21 @@ def log_validation(accelerator, args, models, held_out, state, stop):
     losses, images = [], []
     with weights_to_save(models), accelerator.autocast():
         for key in validation_keys(held_out)[turns]:
+            if stop.signum:
+                break
             batch = encode_batch(accelerator, models, torch.utils.data.default_collate([held_out[key]]))
             losses.append(compute_loss(models, batch, args).item())
         for i, prompt in tqdm(prompts[turns], "sampling", leave=False, disable=not accelerator.is_main_process):
-            if not stop.signum:
-                settings = {"height": args.resolution, "width": args.resolution}
-                settings |= {"num_inference_steps": VALIDATION_STEPS, "generator": torch.Generator().manual_seed(i)}
-                images.append((i, models.pipeline(prompt, **settings).images[0]))
+            if stop.signum:
+                break
+            settings = {"height": args.resolution, "width": args.resolution}
+            settings |= {"num_inference_steps": VALIDATION_STEPS, "generator": torch.Generator().manual_seed(i)}
+            images.append((i, models.pipeline(prompt, **settings).images[0]))
     models.unet.train()
     for model in models.idle:
         model.to("cpu")
-    if losses := gather_object(losses):
+    losses = gather_object(losses)
+    if losses and len(losses) == len(validation_keys(held_out)):
         log_row(accelerator, args, {"step": state.global_step, "validation_loss": math.fsum(losses) / len(losses)})
     images = [image for _, image in sorted(gather_object(images), key=lambda pair: pair[0])]
     if accelerator.is_main_process and images and len(images) == len(prompts):
@@ -746,7 +778,7 @@ class StopFlag:
 
     def __init__(self):
         self.signum = 0
-        for name in {"SIGTERM", "SIGINT", "SIGUSR1"} & set(dir(signal)):
+        for name in STOP_SIGNALS:
             signal.signal(getattr(signal, name), self.set)
         # accelerate's launcher forwards nothing to a lone process, so a parent that vanishes counts as SIGTERM.
         if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ:
@@ -766,8 +798,8 @@ class StopFlag:
 
 def ignore_signals(worker):
     """Leaves signals to the main process: a loader worker that they killed would take the run with it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in STOP_SIGNALS:
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def agree(folder, here, function, *arguments):
@@ -780,10 +812,12 @@ def agree(folder, here, function, *arguments):
         result = function(*arguments) if here else None
     except SystemExit as refusal:
         problem = str(refusal)
-    except (OSError, RuntimeError, SafetensorError) as error:  # all of these are said of a full disk
+    except Exception as error:
+        if not isinstance(error, (OSError, RuntimeError, SafetensorError)):  # all of which are said of a full disk
+            traceback.print_exc()
         existing = next(path for path in Path(folder, "_").absolute().parents if path.exists())
         free = shutil.disk_usage(existing).free / 2**30
-        problem = f"Writing to {folder}, where {free:.2f} GiB are free, failed: {error}"
+        problem = f"{function.__name__} failed for {folder}, where {free:.2f} GiB are free: {error}"
     answers = gather_object([(result, problem)])
     if problems := [problem for _, problem in answers if problem is not None]:
         raise SystemExit(problems[0])
@@ -830,20 +864,25 @@ def is_whole(checkpoint):
         return False
 
 
+def flush(*paths):
+    """Has the system write files and folders to the disk, where it lets folders be opened."""
+    for path in paths if os.name == "posix" else ():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
 def seal_checkpoint(folder, target, limit):
     """Makes a written folder the checkpoint: manifest last, all on the disk, renamed; then prunes the older ones."""
     for pickled in folder.glob("random_states_*.pkl"):  # every draw is seeded by its step, so nothing reads these
         pickled.unlink()
     sizes = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
     (folder / "manifest.json").write_text(json.dumps(sizes))
-    if os.name == "posix":
-        for path in (*folder.rglob("*"), folder):
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-    if target.exists():  # an earlier run got as far, and this one was resumed before it
+    flush(*folder.rglob("*"), folder)
+    if target.exists():  # torn since
         shutil.rmtree(target)
     os.replace(folder, target)
+    flush(target.parent)
     checkpoints = numbered_checkpoints(target.parent)
     for path in checkpoints[: checkpoints.index(target) + 1][:-limit] if limit else []:
         shutil.rmtree(path)
@@ -867,10 +906,7 @@ def save_checkpoint(accelerator, args, models, state):
 def find_checkpoint(args):
     """Returns the checkpoint to resume from, or None; refuses a folder that holds another run."""
     resume, found = args.resume_from_checkpoint, numbered_checkpoints(args.output_dir)
-    if args.overwrite_output_dir:
-        for path in found:
-            shutil.rmtree(path)
-    elif resume is None and (found or Path(args.output_dir, "README.md").exists()):
+    if resume is None and not args.overwrite_output_dir and (found or Path(args.output_dir, "README.md").exists()):
         raise SystemExit(
             f"{args.output_dir} holds another run: go on with it by --resume_from_checkpoint latest, "
             "start anew and delete its checkpoints by --overwrite_output_dir, or choose another --output_dir."
@@ -883,8 +919,14 @@ def find_checkpoint(args):
         print(f"{args.output_dir} has no checkpoint to resume from: starting at step 0.")
     elif resume is not None:
         path = Path(resume) if Path(resume).is_dir() else Path(args.output_dir, resume)
+        path = next((one for one in found if one.samefile(path)), path)
         if not is_whole(path):
             raise SystemExit(f"--resume_from_checkpoint {path} is not a whole checkpoint; 'latest' finds the newest.")
+        later = found[found.index(path) + 1 :] if path in found else found
+        if any(map(is_whole, later)):
+            raise SystemExit(
+                f"'latest' would mistake {later[-1]} for this run's; move it away or take another --output_dir."
+            )
         return path
 
 
@@ -895,7 +937,8 @@ def begin_run(accelerator, args):
         drawn = agree(args.output_dir, True, os.urandom, 4).hex()
         seed = int(drawn, 16) if args.seed is None else args.seed
         return None, SimpleNamespace(global_step=0, optimizer_steps=0, seed=seed, tracker_id=drawn)
-    state = SimpleNamespace(**json.loads((checkpoint / "state.json").read_text()))
+    text = agree(args.output_dir, accelerator.is_main_process, (checkpoint / "state.json").read_text)
+    state = SimpleNamespace(**json.loads(text))
     if args.seed not in (None, state.seed):
         raise SystemExit(f"{checkpoint} was trained with --seed {state.seed}, so it cannot go on with {args.seed}.")
     accelerator.print(f"Resuming from {checkpoint}.")
@@ -975,7 +1018,7 @@ def write_model_card(args, state, repo_id):
 
 def with_retries(call, args, repo_id, **kwargs):
     """Calls the Hub, and again after passing failures, five times at most."""
-    by_hand = ["hf", "upload", repo_id, args.output_dir, *(f"--exclude={pattern}" for pattern in kept_back(args))]
+    by_hand = ["hf", "upload", repo_id, args.output_dir, *(f"--include={pattern}" for pattern in PUBLISHED)]
     for wait in (1, 2, 4, 8, 0):
         try:
             return call(repo_id=repo_id, token=args.hub_token, **kwargs)
@@ -993,14 +1036,9 @@ def open_repository(args):
     return with_retries(create_repo, args, name, private=args.hub_private_repo or None, exist_ok=True).repo_id
 
 
-def kept_back(args):
-    """Patterns of what is not uploaded: checkpoints, logs, and the arguments with their local paths."""
-    return ["checkpoint-*", ".checkpoint-*", f"{Path(args.logging_dir).as_posix()}/*", "train_args.yaml"]
-
-
 def publish(args, repo_id):
     """Uploads the result."""
-    folder = {"folder_path": args.output_dir, "ignore_patterns": kept_back(args)}
+    folder = {"folder_path": args.output_dir, "allow_patterns": PUBLISHED}
     with_retries(upload_folder, args, repo_id, commit_message="End of training", **folder)
 
 
@@ -1030,6 +1068,7 @@ def make_accelerator(args):
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    args.mixed_precision = accelerator.mixed_precision  # the launcher may have set it
     return accelerator
 
 
@@ -1054,7 +1093,9 @@ def prepare_training(accelerator, args, models):
         models.ema_unet.to(accelerator.device)
     lr = args.learning_rate * (total_batch_size(accelerator, args) if args.scale_lr else 1)
     settings = {"lr": lr, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    adam = bitsandbytes.optim.AdamW8bit if args.use_8bit_adam else functools.partial(torch.optim.AdamW, fused=True)
+    # A fused step hides from accelerate that the scaler of fp16 skipped it.
+    plain = functools.partial(torch.optim.AdamW, fused=accelerator.scaler is None)
+    adam = bitsandbytes.optim.AdamW8bit if args.use_8bit_adam else plain
     optimizer = adam(models.params_to_optimize, weight_decay=args.adam_weight_decay, **settings)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:  # no prepared dataloader tells it these
         config = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -1069,7 +1110,8 @@ def start_logging(accelerator, args, state, checkpoint):
     """Starts metrics.jsonl, or takes the checkpoint's, and the trackers; writes train_args.yaml."""
     output_dir, logging_dir = Path(args.output_dir), Path(args.output_dir, args.logging_dir)
     if accelerator.is_main_process:
-        for left in output_dir.glob(".checkpoint-*.tmp"):  # by a run that was killed as it wrote
+        torn = output_dir.glob(".checkpoint-*.tmp")  # a run was killed as it wrote
+        for left in [*torn, *(numbered_checkpoints(output_dir) if args.overwrite_output_dir else [])]:
             shutil.rmtree(left)
         (output_dir / "samples").mkdir(parents=True, exist_ok=True)
         replace_file(logging_dir / "metrics.jsonl", (checkpoint / "metrics.jsonl").read_bytes() if checkpoint else b"")
@@ -1093,19 +1135,25 @@ def print_header(accelerator, args, models, samples, held_out, state):
     bytes_a_weight = 4 + 4 * args.use_ema + (2 if args.use_8bit_adam else 8)
     needed = sum(parameter.numel() for parameter in models.params_to_optimize) * bytes_a_weight / 2**30
     free = shutil.disk_usage(args.output_dir).free / 2**30
-    cached = sum(file.stat().st_size for file in {*samples.cached.values()}) / 2**30
-    why = "" if models.vae in models.idle else "; latents are not cached, as few crops are met twice (--center_crop)"
     batch = f"{args.train_batch_size} x {accelerator.num_processes} processes x {args.gradient_accumulation_steps}"
     accelerator.print(
         f"pictures   {len(samples)} to train on, {len(held_out)} held out, {args.resolution} x {args.resolution}\n"
         f"batch      {total_batch_size(accelerator, args)} = {batch} accumulated\n"
         f"steps      {args.max_train_steps}, of which {state.global_step} are done; seed {state.seed}\n"
         f"device     {accelerator.device}, precision {accelerator.mixed_precision}\n"
-        f"cache      {'off' if args.no_encoding_cache else f'{cached:.3f} GiB in {cache_folder(args)}{why}'}\n"
         f"disk       {needed:.2f} GiB a checkpoint, {free:.1f} GiB free"
     )
     if args.checkpointing_steps and needed > free:
         raise SystemExit(f"A checkpoint needs {needed:.2f} GiB, and {args.output_dir} has {free:.2f} GiB free.")
+
+
+def peak_memory(accelerator):
+    """Peak memory of the GPU since the last call, or the process's memory now on a CPU, in GiB."""
+    if accelerator.device.type != "cuda":
+        return psutil.Process().memory_info().rss / 2**30
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return peak
 
 
 def load_batches(accelerator, args, samples, keys_of, state):
@@ -1124,11 +1172,14 @@ def load_batches(accelerator, args, samples, keys_of, state):
 def train(accelerator, args, models, optimizer, lr_scheduler, samples, held_out, keys_of, state, stop):
     """Takes the optimizer steps that are left, logging, validating and saving as asked; a signal ends it early."""
     batches = load_batches(accelerator, args, samples, keys_of, state)
-    validates = bool(args.validation_prompts or len(held_out))
     steps_per_epoch = math.ceil(len(samples) / len(keys_of(0)))
     validation_steps = args.validation_steps or (args.validation_epochs or 5) * steps_per_epoch
-    if validates and state.global_step == 0:
+    validations = {*range(0, args.max_train_steps, validation_steps), args.max_train_steps}
+    if not args.validation_prompts and not len(held_out):
+        validations = {}
+    if state.global_step in validations:  # of the untrained model, or one that came after the checkpoint
         log_validation(accelerator, args, models, held_out, state, stop)
+        stop.exit_if_asked()
     bar = {"total": args.max_train_steps, "initial": state.global_step, "disable": not accelerator.is_main_process}
     progress_bar = tqdm(desc="training", **bar)
     models.unet.train()
@@ -1158,28 +1209,30 @@ def train(accelerator, args, models, optimizer, lr_scheduler, samples, held_out,
                 models.ema_unet.to(accelerator.device)
                 models.ema_unet.step(models.params_to_optimize)
                 models.ema_unet.to("cpu" if args.offload_ema else accelerator.device)
-        on_gpu = accelerator.device.type == "cuda"
-        memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
-        row |= {"images_per_second": len(keys_of(step)) / (time.perf_counter() - then), "memory_gib": memory / 2**30}
-        numbers = [loss, grad_norm, skipped, stop.signum > 0]
-        numbers = torch.stack([torch.as_tensor(n, dtype=torch.float32, device=accelerator.device) for n in numbers])
+        now = time.perf_counter()
+        row |= {"images_per_second": len(keys_of(step)) / (now - then), "memory_gib": peak_memory(accelerator)}
+        then = now
+        # Filled on the device: a number copied to it would make it wait.
+        flags = [torch.full_like(loss, float(flag)) for flag in (skipped, stop.signum > 0)]
+        numbers = torch.stack([loss, torch.as_tensor(grad_norm, dtype=loss.dtype, device=loss.device), *flags])
         unread.append((row, keys_of(step), accelerator.reduce(numbers, "mean")))
-        finished = state.global_step == args.max_train_steps
-        validate = validates and (finished or state.global_step % validation_steps == 0)
+        validate = state.global_step in validations
         save = args.checkpointing_steps and state.global_step % args.checkpointing_steps == 0
         # Read one step late, so that the device never waits, or at once where something follows from the numbers.
-        keep = 0 if validate or save or finished else 1
-        asked_to_stop = log_steps(accelerator, args, samples, progress_bar, unread, keep)
-        if validate:
-            log_validation(accelerator, args, models, held_out, state, stop)
-        asked_to_stop |= accelerator.num_processes == 1 and stop.signum > 0
+        read_now = validate or save or state.global_step == args.max_train_steps
+        asked_to_stop = log_steps(accelerator, args, samples, progress_bar, unread, 0 if read_now else 1)
+        if stop.signum and accelerator.num_processes == 1:  # no other rank has to hear of it first
+            asked_to_stop = True
         if asked_to_stop:
-            log_steps(accelerator, args, samples, progress_bar, unread, keep=0)
+            log_steps(accelerator, args, samples, progress_bar, unread, 0)
         if save or asked_to_stop:
             save_checkpoint(accelerator, args, models, state)
+            then = time.perf_counter()
         if asked_to_stop:
             stop.exit_if_asked()
-        then = time.perf_counter()
+        if validate:
+            log_validation(accelerator, args, models, held_out, state, stop)
+            then = time.perf_counter()
     progress_bar.close()
 
 
@@ -1215,6 +1268,8 @@ def run(accelerator, args, stop):
     samples, held_out = Samples(args, records, state.seed, *settings), Samples(args, held_out_records, 0, *settings)
     keys = (key for step in range(state.global_step, args.max_train_steps) for key in keys_of(step))
     visits = [(samples, keys), (held_out, 2 * validation_keys(held_out))]  # at least before and after
+    agree(args.output_dir, True, start_logging, accelerator, args, state, checkpoint)
+    print_header(accelerator, args, models, samples, held_out, state)
     fill_cache(accelerator, args, models, visits, stop)
 
     # Training.
@@ -1223,14 +1278,13 @@ def run(accelerator, args, stop):
         load_checkpoint(accelerator, models, optimizer, state, checkpoint)
     steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps, last_epoch=state.optimizer_steps - 1)
-    agree(args.output_dir, True, start_logging, accelerator, args, state, checkpoint)
-    print_header(accelerator, args, models, samples, held_out, state)
     train(accelerator, args, models, optimizer, lr_scheduler, samples, held_out, keys_of, state, stop)
 
     # What it leaves.
     agree(args.output_dir, main_process, save_model, args, models)
     agree(args.output_dir, main_process, write_model_card, args, state, repo_id)
     accelerator.print(f"The result is in {args.output_dir}. To load it:\n\n{loading_code(args, args.output_dir)}\n")
+    stop.exit_if_asked()
     agree(args.output_dir, main_process and args.push_to_hub, publish, args, repo_id)
 
 
@@ -1242,10 +1296,13 @@ def main(args):
     accelerator = make_accelerator(args)
     try:
         run(accelerator, args, StopFlag())
+        accelerator.end_training()
     except SystemExit as end:  # every rank ends so, and one says why
+        accelerator.end_training()
         raise SystemExit(end.code if accelerator.is_main_process or isinstance(end.code, int) else 1) from None
     finally:
-        accelerator.end_training()
+        for worker in multiprocessing.active_children():  # loaders, which ignore other signals
+            worker.kill()
 
 
 if __name__ == "__main__":

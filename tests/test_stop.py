@@ -832,17 +832,20 @@ def test_moved_files_are_the_same_run(script, command, out, pictures, tiny_model
 
 def test_changed_flags_are_listed_and_obeyed(script, command, out, capsys):
     """A resumed run says what has changed, and takes a new learning rate from its first step on."""
-    changes = ("--learning_rate", 3e-3, "--max_grad_norm", 0.5)
+    changes = ("--learning_rate", 3e-3, "--max_grad_norm", 0.5, "--adam_weight_decay", 30.0)
     run(script, *command(out, "--max_train_steps", 4, *RESUME, "checkpoint-2", *changes))
     said = capsys.readouterr().out
     listed = set(re.findall(r"--(\w+) was (\S+) and is now (\S+)", said))
     changed = {("learning_rate", "0.0001", "0.003"), ("max_grad_norm", "1.0", "0.5"), ("max_train_steps", "3", "4")}
+    changed.add(("adam_weight_decay", "0.01", "30.0"))
     assert {flag for flag in listed if flag[0] != "output_dir"} == changed
     assert metrics(out, "lr") == [(1, 1e-4), (2, 1e-4), (3, 3e-3), (4, 3e-3)]
     assert losses(out / "checkpoint-2") == losses(out / "logs")[:2]
     steps = [weights(out / f"checkpoint-{step}" / "unet") for step in (1, 2, 3)]
     moved = [max(float((b[name] - a[name]).abs().max()) for name in a) for a, b in zip(steps, steps[1:])]
     assert moved[1] > 10 * moved[0]  # Adam's steps are about as long as the learning rate
+    sizes = [sum(float(tensor.abs().sum()) for tensor in step.values()) for step in steps]
+    assert sizes[1] == pytest.approx(sizes[0], rel=1e-2) and sizes[2] < 0.95 * sizes[1]  # 1 - 3e-3 * 30
 
 
 def test_an_ended_run_is_resumed_to_the_same_end(script, command, out, trained, uninterrupted):
