@@ -1110,9 +1110,10 @@ def start_logging(accelerator, args, state, checkpoint):
     """Starts metrics.jsonl, or takes the checkpoint's, and the trackers; writes train_args.yaml."""
     output_dir, logging_dir = Path(args.output_dir), Path(args.output_dir, args.logging_dir)
     if accelerator.is_main_process:
-        torn = output_dir.glob(".checkpoint-*.tmp")  # a run was killed as it wrote
-        for left in [*torn, *(numbered_checkpoints(output_dir) if args.overwrite_output_dir else [])]:
-            shutil.rmtree(left)
+        for torn in [*output_dir.glob(".*.tmp"), *logging_dir.glob(".*.tmp")]:  # a run was killed as it wrote
+            shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
+        for path in numbered_checkpoints(output_dir) if args.overwrite_output_dir else []:
+            shutil.rmtree(path)
         (output_dir / "samples").mkdir(parents=True, exist_ok=True)
         replace_file(logging_dir / "metrics.jsonl", (checkpoint / "metrics.jsonl").read_bytes() if checkpoint else b"")
         libraries = ("torch", "diffusers", "transformers", "accelerate", "datasets", "bitsandbytes")
@@ -1179,7 +1180,6 @@ def train(accelerator, args, models, optimizer, lr_scheduler, samples, held_out,
         validations = {}
     if state.global_step in validations:  # of the untrained model, or one that came after the checkpoint
         log_validation(accelerator, args, models, held_out, state, stop)
-        stop.exit_if_asked()
     bar = {"total": args.max_train_steps, "initial": state.global_step, "disable": not accelerator.is_main_process}
     progress_bar = tqdm(desc="training", **bar)
     models.unet.train()

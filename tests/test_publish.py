@@ -248,6 +248,7 @@ def test_header(train, capsys):
     assert re.search(r"batch 6 = 2 (a process )?x 1 processes x 3 accumulated", said)
     assert re.search(r"steps .*\b2\b.*seed 1\b", said) and "precision no" in said and "cpu" in said
     assert re.search(r"cache \d+\.\d+ GiB in ", said) and re.search(r"disk \d+\.\d+ GiB .*\d GiB free", said)
+    shutil.rmtree(output / "checkpoint-2")
     train(*flags, *run_flags, "--resume_from_checkpoint", "checkpoint-1")
     said = " ".join(capsys.readouterr().out.split())
     assert f"Resuming from {output / 'checkpoint-1'}" in said and re.search(r"\b1 (are )?done", said)

@@ -491,14 +491,16 @@ def large_pictures(tmp_path_factory):
 
 @pytest.mark.launch
 def test_a_signal_while_checking(start, command, large_pictures, tmp_path):
-    """The check of the pictures ends after those at hand."""
+    """The check of the pictures ends after those at hand, and keeps what it knows of them."""
     cache = tmp_path / "cache"
     flags = ("--train_data_dir", large_pictures, "--encoding_cache_dir", cache)
     process = start(command(tmp_path / "out", *LONG, *flags))
     process.until(lambda: re.search(r"checking: .* [1-9]\d*/1200", process.output()))
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(10) == 143, process.output()
-    assert "Traceback" not in process.output() and not cache.exists()
+    assert "Traceback" not in process.output() and not (cache / "latents").exists()
+    (known,) = [json.loads(path.read_text()) for path in (cache / "checked").iterdir()]
+    assert 0 < len(known) < 1200
 
 
 @pytest.mark.launch
@@ -526,15 +528,17 @@ def test_a_signal_while_caching(ranks, start, command, tmp_path):
 
 
 @pytest.mark.launch
-def test_a_signal_while_sampling(start, command, goes_on, tmp_path):
-    """Validation ends after the picture at hand, and the step after it is the last."""
+def test_a_signal_while_sampling(start, command, uninterrupted, tmp_path):
+    """Validation ends after the picture at hand, half a grid is not kept, and the run goes on well."""
     prompts = ("--validation_prompts", *(f"a circle {i}" for i in range(300)))
     process = start(command(tmp_path / "out", *LONG, *prompts))
     process.until(lambda: re.search(r"sampling: .* [1-9]\d*/300", process.output()))
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(15) == 143, process.output()
-    assert list((tmp_path / "out" / "samples").glob("*.png")) == []  # half a grid is none
-    assert goes_on(tmp_path / "out") == 1
+    assert list((tmp_path / "out" / "samples").glob("*.png")) == []
+    more = ("--max_train_steps", 3, "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest")
+    finish(start, command(tmp_path / "out", *more))
+    assert_equal(tmp_path / "out" / "checkpoint-3", uninterrupted(3))
 
 
 # Full disks.
@@ -819,6 +823,14 @@ def test_a_base_that_predicts_something_else_is_not_resumed(command, refused, ou
     assert "another" in refused(*flags, "--pretrained_model_name_or_path", tiny_v_model)
 
 
+def test_an_abandoned_end_is_not_mistaken_for_the_new_one(script, command, refused, out, tmp_path):
+    """Going on before the newest checkpoint is refused where it is: `latest` would later find the old end."""
+    flags = command(out, "--max_train_steps", 3, "--learning_rate", 1e-3, *RESUME)
+    assert "checkpoint-3" in refused(*flags, "checkpoint-1") and whole_checkpoints(out) == [1, 2, 3]
+    run(script, *flags, out / "checkpoint-1", "--output_dir", tmp_path / "branch")
+    assert whole_checkpoints(tmp_path / "branch") == [2, 3] and whole_checkpoints(out) == [1, 2, 3]
+
+
 def test_moved_files_are_the_same_run(script, command, out, pictures, tiny_model, uninterrupted, tmp_path):
     """Base model, pictures and checkpoint may move: what they hold counts, not where they are."""
     model = shutil.copytree(tiny_model, tmp_path / "elsewhere" / "model")
@@ -832,6 +844,8 @@ def test_moved_files_are_the_same_run(script, command, out, pictures, tiny_model
 
 def test_changed_flags_are_listed_and_obeyed(script, command, out, capsys):
     """A resumed run says what has changed, and takes a new learning rate from its first step on."""
+    shutil.rmtree(out / "checkpoint-3")
+    shutil.rmtree(out / "checkpoint-3")  # else the run refuses to go back, as "latest" would mistake it
     changes = ("--learning_rate", 3e-3, "--max_grad_norm", 0.5, "--adam_weight_decay", 30.0)
     run(script, *command(out, "--max_train_steps", 4, *RESUME, "checkpoint-2", *changes))
     said = capsys.readouterr().out
