@@ -1294,15 +1294,18 @@ def main(args):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     accelerator = make_accelerator(args)
+    end = None
     try:
         run(accelerator, args, StopFlag())
-        accelerator.end_training()
-    except SystemExit as end:  # every rank ends so, and one says why
-        accelerator.end_training()
-        raise SystemExit(end.code if accelerator.is_main_process or isinstance(end.code, int) else 1) from None
+    except SystemExit as caught:
+        end = caught
     finally:
         for worker in multiprocessing.active_children():  # loaders, which ignore other signals
             worker.kill()
+    time.sleep(0.1)  # gloo's thread needs the interpreter to let go of its last work, and ending holds the interpreter
+    accelerator.end_training()
+    if end is not None:  # every rank ends so, and one says why
+        raise SystemExit(end.code if accelerator.is_main_process or isinstance(end.code, int) else 1)
 
 
 if __name__ == "__main__":

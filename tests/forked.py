@@ -19,6 +19,8 @@ import time
 from multiprocessing import forkserver
 from pathlib import Path
 
+import psutil
+
 
 ROOT = Path(__file__).resolve().parent.parent
 CHANGES = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.rmtree"}  # of Python's audit events
@@ -70,9 +72,13 @@ class Run:
         return found
 
     def end(self) -> None:
-        """Kills the process and its group, if they still run."""
-        with contextlib.suppress(ProcessLookupError):
+        """Kills the process, its group and what it has started, if they still run."""
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            started = psutil.Process(self.pid).children(recursive=True)  # torchrun's have sessions of their own
             os.killpg(self.pid, signal.SIGKILL)
+            for process in started:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
 
 
 def fork(script: str, argv: list, log: Path, **options) -> Run:
