@@ -112,9 +112,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("training").add_argument
     add("--output_dir", default="sd-model-finetuned", help="folder for the pipeline, samples, logs and checkpoints")
-    add(
-        "--overwrite_output_dir", **switch, help="start anew in a folder that holds a run; its checkpoints are deleted"
-    )
+    add("--overwrite_output_dir", **switch, help="start anew in a folder that holds a run, deleting its checkpoints")
     add("--seed", type=natural_int, help="seed of every random draw (default: one is drawn and recorded)")
     add("--train_batch_size", type=positive_int, default=16, help="pictures per process and forward pass")
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="forward passes per optimizer step")
@@ -136,12 +134,7 @@ def parse_args(argv=None):
     add("--adam_beta2", type=below_one, default=0.999, help="decay of the gradients' square")
     add("--adam_weight_decay", type=non_negative, default=1e-2, help="decoupled weight decay")
     add("--adam_epsilon", type=non_negative, default=1e-8, help="added to the denominator")
-    add(
-        "--max_grad_norm",
-        type=non_negative,
-        default=1.0,
-        help="larger gradients are scaled down to this norm; 0: none are",
-    )
+    add("--max_grad_norm", type=non_negative, default=1.0, help="norm to scale larger gradients down to; 0: none")
     add("--use_ema", **switch, help="average the weights over the run; the average is validated and saved")
     add("--foreach_ema", **switch, help="update the average in one call: faster, more memory")
     add("--offload_ema", **switch, help="keep the average in CPU memory between steps")
@@ -150,12 +143,7 @@ def parse_args(argv=None):
     targets = ["epsilon", "v_prediction", "sample"]
     add("--prediction_type", choices=targets, help="what the UNet predicts (default: as the base model does)")
     add("--snr_gamma", type=functools.partial(bounded, kind=float, low=1e-6), help="gamma of Min-SNR weights, often 5")
-    add(
-        "--noise_offset",
-        type=non_negative,
-        default=0.0,
-        help="scale of noise that a channel's pixels share, such as 0.1",
-    )
+    add("--noise_offset", type=non_negative, default=0.0, help="scale of noise that a channel shares, such as 0.1")
     add("--input_perturbation", type=non_negative, default=0.0, help="scale of extra noise on the input, such as 0.1")
     add("--dream_training", **switch, help="DREAM: a second forward pass rectifies the input (arXiv:2312.00210)")
     add("--dream_detail_preservation", type=non_negative, default=1.0, help="exponent p of DREAM")
@@ -1000,9 +988,8 @@ def write_model_card(args, state, repo_id):
     header = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["stable-diffusion"]}
     header = ModelCardData(base_model=base, datasets=data, **header).to_yaml()
     words = ("lr_scheduler", "mixed_precision", "prediction_type")
-    settings = {
-        n: v for n, v in state.args.items() if (isinstance(v, (int, float)) or n in words) and v not in (None, False)
-    }
+    shown = {n: v for n, v in state.args.items() if isinstance(v, (int, float)) or n in words}
+    settings = {n: v for n, v in shown.items() if v is not None and v is not False}
     base = base or Path(args.pretrained_model_name_or_path).resolve().name
     grid = f"samples/step-{state.global_step:06d}.png"
     card = [f"---\n{header}\n---\n\n# {repo_id}"]
