@@ -227,6 +227,7 @@ from tqdm.contrib.concurrent import thread_map
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 VALIDATION_STEPS = 25  # of the sampler
+SMALL_SET = 10_000  # latents, of 131 kB at 512 x 512, that are kept even if this run meets each just once
 VALIDATION_DRAWS = 4  # noises and timesteps for each held-out picture
 # What is uploaded: no checkpoints, no logs, no arguments with their local paths.
 PUBLISHED = [
@@ -602,7 +603,9 @@ def fill_cache(accelerator, args, models, visits, stop):
         plan = tqdm(keys, "planning", delay=5, disable=not accelerator.is_main_process)
         met = Counter(samples.place(key)[1:] for key in plan)
         variants = {variant for variant, _ in met}
-        if met.total() < 2 * len(variants):  # an entry that is met less than twice costs more than it spares
+        # An entry that is met less than twice costs more than it spares, unless the next run will meet it again.
+        again = args.center_crop and len(variants) <= SMALL_SET
+        if met.total() < 2 * len(variants) and not again:
             models.idle = models.text_encoders
             variants = set()
         for _, caption in met:
@@ -1164,7 +1167,7 @@ def train(accelerator, args, models, optimizer, lr_scheduler, samples, held_out,
     validation_steps = args.validation_steps or (args.validation_epochs or 5) * steps_per_epoch
     validations = {*range(0, args.max_train_steps, validation_steps), args.max_train_steps}
     if not args.validation_prompts and not len(held_out):
-        validations = {}
+        validations = set()
     if state.global_step in validations:  # of the untrained model, or one that came after the checkpoint
         log_validation(accelerator, args, models, held_out, state, stop)
     bar = {"total": args.max_train_steps, "initial": state.global_step, "disable": not accelerator.is_main_process}

@@ -567,15 +567,20 @@ def test_encoders_run_once_an_input(train, monkeypatch, pictures):
 
 
 def test_a_short_run_caches_little(train, monkeypatch, tmp_path):
-    """What is met less than twice is encoded as it comes, and captions beyond the run's steps never."""
+    """Only what the run visits is encoded; crops that it meets once are kept only of a small set, for the next run."""
     images, texts = (
         count_calls(monkeypatch, AutoencoderKL, "encode"),
         count_calls(monkeypatch, CLIPTextModel, "forward"),
     )
-    train("out", "--max_train_steps", 2, "--encoding_cache_dir", tmp_path / "cache")
+    small = train("small", "--max_train_steps", 2, "--encoding_cache_dir", tmp_path / "cache")
     assert (len(images), len(texts)) == (4, 4)
-    assert not (tmp_path / "cache" / "latents").exists()
-    assert len(list((tmp_path / "cache" / "prompts").iterdir())) == 4
+    assert len(list((tmp_path / "cache" / "latents").iterdir())) == 4
+    monkeypatch.setattr(script, "SMALL_SET", 3)
+    large = train("large", "--max_train_steps", 2, "--encoding_cache_dir", tmp_path / "cache-2")
+    assert (len(images), len(texts)) == (8, 8)
+    assert not (tmp_path / "cache-2" / "latents").exists()
+    assert len(list((tmp_path / "cache-2" / "prompts").iterdir())) == 4
+    assert same(weights(small / "unet"), weights(large / "unet"))
 
 
 def test_random_crops_are_not_cached(train, monkeypatch, wide_pictures, tmp_path, capsys):

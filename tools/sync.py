@@ -20,6 +20,7 @@ SHARED = {
     "PICTURES",
     "VALIDATION_STEPS",
     "VALIDATION_DRAWS",
+    "SMALL_SET",
     "UNSAVED",
     "STOP_SIGNALS",
     "bounded",
