@@ -1287,15 +1287,17 @@ def main(args):
     end = None
     try:
         run(accelerator, args, StopFlag())
-    except SystemExit as caught:
-        end = caught
-    finally:
-        for worker in multiprocessing.active_children():  # loaders, which ignore other signals
+    except SystemExit as caught:  # every rank ends so, and one says why
+        end = SystemExit(caught.code if accelerator.is_main_process or isinstance(caught.code, int) else 1)
+    except BaseException:
+        for worker in multiprocessing.active_children():  # loaders, which ignore what asks them to end
             worker.kill()
-    time.sleep(0.1)  # gloo's thread needs the interpreter to let go of its last work, and ending holds the interpreter
+        raise
+    if accelerator.num_processes > 1:
+        time.sleep(0.1)  # gloo's thread needs the interpreter to drop its last work, and ending would hold that
     accelerator.end_training()
-    if end is not None:  # every rank ends so, and one says why
-        raise SystemExit(end.code if accelerator.is_main_process or isinstance(end.code, int) else 1)
+    if end is not None:
+        raise end
 
 
 if __name__ == "__main__":

@@ -844,7 +844,6 @@ def test_moved_files_are_the_same_run(script, command, out, pictures, tiny_model
 
 def test_changed_flags_are_listed_and_obeyed(script, command, out, capsys):
     """A resumed run says what has changed, and takes a new learning rate from its first step on."""
-    shutil.rmtree(out / "checkpoint-3")
     shutil.rmtree(out / "checkpoint-3")  # else the run refuses to go back, as "latest" would mistake it
     changes = ("--learning_rate", 3e-3, "--max_grad_norm", 0.5, "--adam_weight_decay", 30.0)
     run(script, *command(out, "--max_train_steps", 4, *RESUME, "checkpoint-2", *changes))
