@@ -1208,13 +1208,14 @@ def train(accelerator, args, models, optimizer, lr_scheduler, samples, held_out,
         unread.append((row, keys_of(step), accelerator.reduce(numbers, "mean")))
         validate = state.global_step in validations
         save = args.checkpointing_steps and state.global_step % args.checkpointing_steps == 0
-        # Read one step late, so that the device never waits, or at once where something follows from the numbers.
+        # Read one step late, so that the device always has work, or at once where something follows from the numbers.
         read_now = validate or save or state.global_step == args.max_train_steps
         asked_to_stop = log_steps(accelerator, args, samples, progress_bar, unread, 0 if read_now else 1)
         if stop.signum and accelerator.num_processes == 1:  # no other rank has to hear of it first
             asked_to_stop = True
         if asked_to_stop:
             log_steps(accelerator, args, samples, progress_bar, unread, 0)
+        # Saved before it is validated: a stop in a long validation then loses no step, and resuming validates again.
         if save or asked_to_stop:
             save_checkpoint(accelerator, args, models, state)
             then = time.perf_counter()
