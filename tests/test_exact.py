@@ -752,3 +752,17 @@ def test_resuming_is_exact_on_three_processes(dropout_model, five_pictures, tmp_
     assert same(everything(resumed / "checkpoint-4"), everything(whole / "checkpoint-4"))
     assert same(weights(resumed / "unet"), weights(whole / "unet"))
     assert logged(resumed) == logged(whole) and len(metrics(whole, "loss")) == 4
+
+
+def test_fp16_takes_no_fused_step(tiny_model, pictures, tmp_path):
+    """A fused AdamW skips an overflow by itself, which accelerate cannot see, so under a scaler it is not fused."""
+    from accelerate.state import AcceleratorState
+
+    flags = ("--pretrained_model_name_or_path", tiny_model, "--train_data_dir", pictures, "--output_dir", tmp_path)
+    args = script.parse_args([*map(str, flags), "--resolution", "16", "--report_to", "none"])
+    for scaler, fused in ((None, True), (torch.amp.GradScaler("cpu"), False)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = script.make_accelerator(args)
+        accelerator.scaler = scaler
+        optimizer = script.prepare_training(accelerator, args, script.load_models(args))
+        assert optimizer.defaults["fused"] is fused
