@@ -212,7 +212,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object, send_to_device
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_dream_and_update_latents, compute_snr
@@ -230,17 +230,9 @@ VALIDATION_STEPS = 25  # of the sampler
 SMALL_SET = 10_000  # latents, of 131 kB at 512 x 512, that are kept even if this run meets each just once
 VALIDATION_DRAWS = 4  # noises and timesteps for each held-out picture
 # What is uploaded: no checkpoints, no logs, no arguments with their local paths.
-PUBLISHED = [
-    "README.md",
-    "model_index.json",
-    "samples/*",
-    "unet/*",
-    "vae/*",
-    "text_encoder/*",
-    "tokenizer/*",
-    "scheduler/*",
-]
+PUBLISHED = "README.md model_index.json samples/* unet/* vae/* text_encoder/* tokenizer/* scheduler/*".split()
 STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1"} & {*dir(signal)}
+CARD = {"pipeline_tag": "text-to-image", "tags": ["stable-diffusion"]}
 UNSAVED = {"config", "hub_token", "overwrite_output_dir", "resume_from_checkpoint"}
 
 
@@ -291,20 +283,30 @@ def read_folder(files, caption_column):
     return [{"name": str(file), "rows": None, "captions": captions[file]} for file in sorted(captions)]
 
 
-def read_rows(args, files):
-    """Lists the rows of a Hub or parquet data set with their captions; the pictures stay encoded."""
+def read_rows(args, files, columns):
+    """Lists the rows of a Hub or parquet data set; the pictures stay encoded.
+
+    columns: the names of the columns of pictures and, if there are any, of captions, by the flags that gave them.
+    """
     try:
         parquet = {"path": "parquet", "data_files": {"train": [str(file) for file in files]}}
         source = {"path": args.dataset_name, "name": args.dataset_config_name} if args.dataset_name else parquet
         rows = datasets.load_dataset(**source, split="train", cache_dir=args.cache_dir)
     except Exception as error:  # anything, from an unknown name to a broken file
         raise SystemExit(f"The data set {args.dataset_name or args.train_data_dir} cannot be loaded: {error}")
-    for flag, column in (("--image_column", args.image_column), ("--caption_column", args.caption_column)):
+    for flag, column in columns.items():
         if column not in rows.column_names:
             raise SystemExit(f"{flag} {column} is not among the data set's columns {', '.join(rows.column_names)}.")
-    captions = rows[args.caption_column][:]
-    rows = rows.select_columns([args.image_column]).cast_column(args.image_column, datasets.Image(decode=False))
+    image_column, *caption_column = columns.values()
+    captions = rows[caption_column[0]][:] if caption_column else [None] * len(rows)
+    rows = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     return [{"name": f"row {i}", "rows": rows, "row": i, "captions": captions[i]} for i in range(len(rows))]
+
+
+def caption_list(captions):
+    """Returns what there is to draw from: the captions of a string, of a list, or of nothing, without empty ones."""
+    captions = captions if isinstance(captions, list) else [captions]
+    return [text.strip() for text in captions if isinstance(text, str) and text.strip()]
 
 
 def read_records(args):
@@ -312,15 +314,13 @@ def read_records(args):
     files = [] if args.dataset_name else list_files(args.train_data_dir)
     parquet = [file for file in files if file.suffix == ".parquet"]
     if args.dataset_name or parquet:
-        records = read_rows(args, parquet)
+        columns = {"--image_column": args.image_column, "--caption_column": args.caption_column}
+        records = read_rows(args, parquet, columns)
     else:
         records = read_folder(files, args.caption_column)
     if not records:
         raise SystemExit(f"{args.dataset_name or args.train_data_dir} holds no pictures {sorted(PICTURES)}.")
-    for record in records:
-        captions = record["captions"] if isinstance(record["captions"], list) else [record["captions"]]
-        record["captions"] = [text.strip() for text in captions if isinstance(text, str) and text.strip()]
-    return records
+    return [{**record, "captions": caption_list(record["captions"])} for record in records]
 
 
 def read_bytes(record):
@@ -332,10 +332,10 @@ def read_bytes(record):
 
 
 def open_image(data):
-    """Decodes a picture to RGB: upright, transparency on white, 16-bit grey scaled instead of clipped."""
+    """Decodes a picture upright, transparency on white, to RGB, or to float32 in [0, 255] if it is of 16-bit grey."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        return Image.fromarray((np.asarray(image, dtype=np.float32) / 257).clip(0, 255))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -382,8 +382,8 @@ def check_records(accelerator, args, records, stop):
 
     A manifest of names, sizes and modification times in the cache folder spares unchanged files the next time.
     """
-    source = digest(args.dataset_name, args.dataset_config_name, args.train_data_dir)
-    manifest = cache_folder(args) / "checked" / source
+    rows, folder = records[0]["rows"], str(Path(records[0]["name"]).absolute().parent)
+    manifest = cache_folder(args) / "checked" / digest(folder if rows is None else rows._fingerprint)
     stamps = [stamp(record) for record in records]
     known = agree(manifest.parent, accelerator.is_main_process, read_manifest, manifest)
     new = [i for i in range(len(records)) if stamps[i] not in known]
@@ -419,8 +419,8 @@ def split_records(args, records, seed):
 @functools.lru_cache(maxsize=2)
 def permutation(seed, epoch, size):
     """The order of one pass over the data."""
-    # The third word keeps this apart from the samples' (seed, epoch, index), whose index is below size.
-    return np.random.default_rng((seed, epoch, size)).permutation(size)
+    # The fourth word keeps this apart from the samples' (seed, epoch, index).
+    return np.random.default_rng((seed, epoch, size, 1)).permutation(size)
 
 
 def step_keys(step, total_batch_size, size, seed):
@@ -440,6 +440,7 @@ class Samples(torch.utils.data.Dataset):
     def __init__(self, args, records, seed, latent_shape, num_train_timesteps):
         self.args, self.records, self.seed = args, records, seed
         self.latent_shape, self.num_train_timesteps = latent_shape, num_train_timesteps
+        self.proportion_empty = vars(args).get("proportion_empty_prompts", 0)  # what has no captions has no such flag
         self.cached = {}  # files of variants' latents and captions' embeddings, filled by fill_cache
 
     def __len__(self):
@@ -458,7 +459,7 @@ class Samples(torch.utils.data.Dataset):
         corner = (int(left * (width - side + 1)), int(top * (height - side + 1)))
         variant = (index, (width, height), corner, bool(self.args.random_flip and flip < 0.5))
         caption = record["captions"][int(choice * len(record["captions"]))]
-        return rng, variant, "" if drop < self.args.proportion_empty_prompts else caption
+        return rng, variant, "" if drop < self.proportion_empty else caption
 
     def pixels(self, variant):
         """Resizes, crops and flips a picture to float32 in [-1, 1], shape (3, resolution, resolution)."""
@@ -466,8 +467,9 @@ class Samples(torch.utils.data.Dataset):
         resample = Image.Resampling[self.args.image_interpolation_mode.removesuffix("_exact").upper()]
         image = open_image(read_bytes(self.records[index])).resize(size, resample)
         image = image.crop((left, top, left + self.args.resolution, top + self.args.resolution))
-        image = ImageOps.mirror(image) if flip else image
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous() / 127.5 - 1
+        image = np.array(ImageOps.mirror(image) if flip else image, dtype=np.float32).clip(0, 255)
+        image = image if image.ndim == 3 else np.stack([image] * 3, axis=-1)
+        return torch.from_numpy(image).permute(2, 0, 1).contiguous() / 127.5 - 1
 
     def __getitem__(self, key):
         rng, variant, caption = self.place(key)
@@ -491,19 +493,14 @@ def weights_digest(model):
     return digest(repr(model), *(tensor.contiguous().numpy() for tensor in model.state_dict().values()))
 
 
-def load_models(args):
-    """Loads the base model in float32: its pipeline, of which the UNet is trained, and the UNet's average."""
+def load_pipeline(args):
+    """Loads the base model's pipeline in float32, from files in half precision if it has no others."""
     base, error = args.pretrained_model_name_or_path, None
-    unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    for variant in [args.variant] if args.variant else [None, "fp16"]:  # some come in half precision only
-        files = {
-            "variant": variant,
-            "use_safetensors": True,
-            "dtype": torch.float32,
-            "cache_dir": args.cache_dir,
-        }
+    files = {"revision": args.revision, "cache_dir": args.cache_dir, "use_safetensors": True, "dtype": torch.float32}
+    files |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    for variant in [args.variant] if args.variant else [None, "fp16"]:
         try:
-            pipeline = StableDiffusionPipeline.from_pretrained(base, revision=args.revision, **files, **unused)
+            pipeline = StableDiffusionPipeline.from_pretrained(base, variant=variant, **files)
             break
         except (OSError, ValueError) as caught:
             error = error or caught
@@ -512,24 +509,40 @@ def load_models(args):
     if pipeline.unet.config.addition_embed_type or pipeline.unet.config.in_channels != 4:
         raise SystemExit(f"{base} is no text-to-image model of Stable Diffusion 1.x or 2.x, which this script trains.")
     prediction_type = args.prediction_type or pipeline.scheduler.config.prediction_type
-    if args.dream_training and prediction_type != "epsilon":
-        raise SystemExit(f"--dream_training needs epsilon prediction, and {base} predicts {prediction_type}.")
     pipeline.scheduler.register_to_config(prediction_type=prediction_type)
     for part in (pipeline, pipeline.unet, pipeline.vae):  # their files would name a folder of this machine
         part.register_to_config(_name_or_path=Path(base).resolve().name if Path(base).exists() else base)
-    ema_unet = None
-    if args.use_ema:
-        config = {"model_cls": UNet2DConditionModel, "model_config": pipeline.unet.config}
-        ema_unet = EMAModel(pipeline.unet.parameters(), foreach=args.foreach_ema, **config)
-    if args.non_ema_revision:
-        files |= {"subfolder": "unet", "revision": args.non_ema_revision}
-        pipeline.unet = UNet2DConditionModel.from_pretrained(base, **files)
-    # idle: the frozen models that no step needs, kept in CPU memory
-    models = SimpleNamespace(pipeline=pipeline, vae=pipeline.vae, unet=pipeline.unet, ema_unet=ema_unet, idle=[])
+    return pipeline
+
+
+def name_parts(pipeline):
+    """Returns a pipeline's models by the names that training gives them, all of them frozen so far."""
+    models = SimpleNamespace(pipeline=pipeline, vae=pipeline.vae, unet=pipeline.unet)
     models.tokenizers, models.text_encoders = [pipeline.tokenizer], [pipeline.text_encoder]
+    for model in (models.vae, models.unet, *models.text_encoders):
+        model.requires_grad_(False)
     models.vae_digest, models.text_digest = weights_digest(pipeline.vae), weights_digest(pipeline.text_encoder)
     models.noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    models.params_to_optimize = list(pipeline.unet.parameters())
+    models.idle = []  # frozen models that no step needs, kept in CPU memory
+    return models
+
+
+def load_models(args):
+    """Loads the base model: its UNet is trained, and its average kept if --use_ema asks for it."""
+    models = name_parts(load_pipeline(args))
+    base, prediction_type = args.pretrained_model_name_or_path, models.noise_scheduler.config.prediction_type
+    if args.dream_training and prediction_type != "epsilon":
+        raise SystemExit(f"--dream_training needs epsilon prediction, and {base} predicts {prediction_type}.")
+    models.ema_unet = None
+    if args.use_ema:
+        config = {"model_cls": UNet2DConditionModel, "model_config": models.unet.config}
+        models.ema_unet = EMAModel(models.unet.parameters(), foreach=args.foreach_ema, **config)
+    if args.non_ema_revision:
+        files = {"cache_dir": args.cache_dir, "use_safetensors": True, "variant": args.variant}
+        unet = UNet2DConditionModel.from_pretrained(base, "unet", revision=args.non_ema_revision, **files)
+        models.unet.load_state_dict(unet.state_dict())
+    models.unet.requires_grad_(True)
+    models.trained, models.params_to_optimize = [models.unet], list(models.unet.parameters())
     return models
 
 
@@ -545,7 +558,8 @@ def encode_prompts(tokenizers, text_encoders, prompts):
     hidden_states = []
     for tokenizer, text_encoder in zip(tokenizers, text_encoders):
         ids = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        rows = ids.to(text_encoder.device).split(1)  # one prompt a forward pass, as with pictures
+        # One prompt a forward pass, as with pictures, unless gradients have to flow back through a single one.
+        rows = ids.to(text_encoder.device).split(len(ids) if text_encoder.training else 1)
         hidden_states.append(torch.cat([text_encoder(row)[0] for row in rows]).float())
     return {"encoder_hidden_states": torch.cat(hidden_states, dim=-1)}
 
@@ -585,8 +599,8 @@ def fill_cache(accelerator, args, models, visits, stop):
 
     visits: pairs of Samples and the keys that the run will take from them; ranks take turns, one input each.
     """
-    for model in (models.vae, *models.text_encoders):
-        model.requires_grad_(False)
+    frozen = [model for model in (*models.text_encoders, models.vae) if model not in models.trained]
+    for model in frozen:
         model.to(accelerator.device, memory_format=torch.channels_last)
     if args.no_encoding_cache:
         accelerator.print("cache      off")
@@ -597,7 +611,7 @@ def fill_cache(accelerator, args, models, visits, stop):
     setting += [version(library) for library in ("torch", "diffusers", "transformers", "Pillow")]
     prompts_setting = (*setting, models.text_digest)
     latents_setting = (*setting, models.vae_digest, args.resolution, args.image_interpolation_mode)
-    models.idle = [*models.text_encoders, models.vae]
+    models.idle = frozen
     jobs = {}
     for samples, keys in visits:
         plan = tqdm(keys, "planning", delay=5, disable=not accelerator.is_main_process)
@@ -606,9 +620,9 @@ def fill_cache(accelerator, args, models, visits, stop):
         # An entry that is met less than twice costs more than it spares, unless the next run will meet it again.
         again = args.center_crop and len(variants) <= SMALL_SET
         if met.total() < 2 * len(variants) and not again:
-            models.idle = models.text_encoders
+            models.idle = [model for model in frozen if model is not models.vae]
             variants = set()
-        for _, caption in met:
+        for _, caption in met if models.text_encoders[0] in frozen else ():
             name = digest(*prompts_setting, [tokenizer(caption).input_ids for tokenizer in models.tokenizers])
             samples.cached[caption] = cache_folder(args) / "prompts" / name
         for variant in variants:
@@ -632,18 +646,15 @@ def fill_cache(accelerator, args, models, visits, stop):
     torch.cuda.empty_cache()
 
 
-@torch.no_grad()
-def encode_batch(accelerator, models, batch):
-    """Brings a collated batch to the device and adds "latents", and the embeddings where no cache gave them."""
-    batch = {k: v.to(accelerator.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-    with accelerator.autocast():
-        if "pixel_values" in batch:
-            batch.update(encode_pixels(models.vae, batch["pixel_values"]))
-        if "encoder_hidden_states" not in batch:
-            batch.update(encode_prompts(models.tokenizers, models.text_encoders, batch["caption"]))
+def encode_batch(models, batch):
+    """Returns a batch's latents (bsz, 4, h, w) and embeddings (bsz, tokens, dim), of the cache's entries if it has them."""
+    if "mean" not in batch:
+        batch = batch | encode_pixels(models.vae, batch["pixel_values"])
+    if "encoder_hidden_states" not in batch:
+        batch = batch | encode_prompts(models.tokenizers, models.text_encoders, batch["caption"])
     # Every step draws anew from the posterior, also where its mean and std are cached.
-    batch["latents"] = (batch["mean"] + batch["std"] * batch["posterior_noise"]) * models.vae.config.scaling_factor
-    return batch
+    latents = (batch["mean"] + batch["std"] * batch["posterior_noise"]) * models.vae.config.scaling_factor
+    return latents, batch["encoder_hidden_states"]
 
 
 # Objective
@@ -659,9 +670,9 @@ def snr_weights(noise_scheduler, timesteps, snr_gamma):
 
 
 def compute_loss(models, batch, args):
-    """Returns each sample's loss (bsz,) for latents and noise (bsz, 4, h, w), timesteps (bsz,) and embeddings."""
-    latents, timesteps, noise_scheduler = batch["latents"], batch["timesteps"], models.noise_scheduler
-    encoder_hidden_states = batch["encoder_hidden_states"]
+    """Returns the "loss" of a batch, the mean over its samples: of their noise in the batch, and of nothing else."""
+    latents, encoder_hidden_states = encode_batch(models, batch)
+    timesteps, noise_scheduler = batch["timesteps"], models.noise_scheduler
     noise = batch["noise"] + args.noise_offset * batch["offset_noise"]
     # Input perturbation (arXiv:2301.11706): the input has a little more noise than the UNet is asked for.
     input_noise = noise + args.input_perturbation * batch["perturbation"]
@@ -674,10 +685,21 @@ def compute_loss(models, batch, args):
         noisy_latents, target = compute_dream_and_update_latents(*known, args.dream_detail_preservation)
     model_pred = models.unet(noisy_latents, timesteps, encoder_hidden_states).sample
     loss = F.mse_loss(model_pred.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
-    return loss * snr_weights(noise_scheduler, timesteps, args.snr_gamma)
+    return {"loss": (loss * snr_weights(noise_scheduler, timesteps, args.snr_gamma)).mean()}
 
 
 # Validation
+
+
+def picture_prompts(args):
+    """Returns the prompts of the validation pictures, one each."""
+    return args.validation_prompts or []
+
+
+def sample_picture(args, models, prompt, generator):
+    """Draws a validation picture."""
+    settings = {"height": args.resolution, "width": args.resolution, "num_inference_steps": VALIDATION_STEPS}
+    return models.pipeline(prompt, generator=generator, **settings).images[0]
 
 
 @contextlib.contextmanager
@@ -686,9 +708,19 @@ def weights_to_save(models):
     if models.ema_unet is not None:
         models.ema_unet.store(models.params_to_optimize)
         models.ema_unet.copy_to(models.params_to_optimize)
-    yield
+    try:
+        yield
+    finally:
+        if models.ema_unet is not None:
+            models.ema_unet.restore(models.params_to_optimize)
+
+
+def after_step(accelerator, args, models, state):
+    """Moves the average of the weights towards them after an optimizer step."""
     if models.ema_unet is not None:
-        models.ema_unet.restore(models.params_to_optimize)
+        models.ema_unet.to(accelerator.device)
+        models.ema_unet.step(models.params_to_optimize)
+        models.ema_unet.to("cpu" if args.offload_ema else accelerator.device)
 
 
 def validation_keys(held_out):
@@ -698,27 +730,25 @@ def validation_keys(held_out):
 
 @torch.no_grad()
 def log_validation(accelerator, args, models, held_out, state, stop):
-    """Logs the held-out loss and a row of --validation_prompts' pictures; ranks take turns at both."""
-    for model in models.idle:
-        model.to(accelerator.device)
-    models.unet.eval()
+    """Logs the held-out loss and a row of pictures; ranks take turns at both."""
+    for model in (*models.idle, *models.trained):
+        model.to(accelerator.device).eval()
     models.pipeline.set_progress_bar_config(disable=True)
     turns = slice(accelerator.process_index, None, accelerator.num_processes)
-    prompts = list(enumerate(args.validation_prompts or []))
+    prompts = list(enumerate(picture_prompts(args)))
     losses, images = [], []
     with weights_to_save(models), accelerator.autocast():
         for key in validation_keys(held_out)[turns]:
             if stop.signum:
                 break
-            batch = encode_batch(accelerator, models, torch.utils.data.default_collate([held_out[key]]))
-            losses.append(compute_loss(models, batch, args).item())
+            batch = send_to_device(torch.utils.data.default_collate([held_out[key]]), accelerator.device)
+            losses.append(compute_loss(models, batch, args)["loss"].item())
         for i, prompt in tqdm(prompts[turns], "sampling", leave=False, disable=not accelerator.is_main_process):
             if stop.signum:
                 break
-            settings = {"height": args.resolution, "width": args.resolution}
-            settings |= {"num_inference_steps": VALIDATION_STEPS, "generator": torch.Generator().manual_seed(i)}
-            images.append((i, models.pipeline(prompt, **settings).images[0]))
-    models.unet.train()
+            images.append((i, sample_picture(args, models, prompt, torch.Generator().manual_seed(i))))
+    for model in models.trained:
+        model.train()
     for model in models.idle:
         model.to("cpu")
     losses = gather_object(losses)
@@ -746,8 +776,9 @@ def log_steps(accelerator, args, samples, progress_bar, unread, keep):
     """Reads and logs finished steps until only keep are unread; returns whether any rank was asked to stop."""
     asked_to_stop = False
     while len(unread) > keep:
-        row, keys, numbers = unread.pop(0)
-        row["loss"], row["grad_norm"], skipped, asked = numbers.tolist()  # waits for the device
+        row, keys, names, numbers = unread.pop(0)
+        *losses, row["grad_norm"], skipped, asked = numbers.tolist()  # waits for the device
+        row.update(zip(names, losses))
         if not skipped and not math.isfinite(row["loss"] + row["grad_norm"]):
             names = "\n  ".join(sorted({samples.records[index]["name"] for _, index in keys}))
             raise SystemExit(
@@ -824,11 +855,12 @@ def save_weights(models, folder):
 
 def load_weights(models, folder):
     """Reads a checkpoint's models into those that are being trained."""
-    load = functools.partial(UNet2DConditionModel.from_pretrained, folder, use_safetensors=True)
-    models.pipeline.unet.load_state_dict(load(subfolder="unet").state_dict())
+    models.pipeline.unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder / "unet").state_dict())
     if models.ema_unet is not None:
-        for shadow, parameter in zip(models.ema_unet.shadow_params, load(subfolder="unet_ema").parameters()):
-            shadow.copy_(parameter.data)
+        saved = EMAModel.from_pretrained(folder / "unet_ema", UNet2DConditionModel)
+        models.ema_unet.optimization_step = saved.optimization_step
+        for shadow, parameter in zip(models.ema_unet.shadow_params, saved.shadow_params):
+            shadow.copy_(parameter)
 
 
 def write_checkpoint(accelerator, args, models, state, folder):
@@ -948,15 +980,13 @@ def check_resumed(accelerator, args, state, identity):
     state.args = {name: value for name, value in vars(args).items() if name not in UNSAVED}
 
 
-def load_checkpoint(accelerator, models, optimizer, state, checkpoint):
+def load_checkpoint(accelerator, models, optimizer, checkpoint):
     """Brings models and optimizer to where the checkpoint left them; given flags win over the checkpoint's."""
     given = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
     load_weights(models, checkpoint)
     accelerator.load_state(checkpoint)
     for group, flags in zip(optimizer.param_groups, given):
         group.update(flags, initial_lr=flags["lr"])
-    if models.ema_unet is not None:
-        models.ema_unet.optimization_step = state.optimizer_steps
 
 
 # Publishing
@@ -986,20 +1016,19 @@ def write_model_card(args, state, repo_id):
     points = np.array([np.mean(part) for part in np.array_split(losses, min(60, len(losses)))])
     curve = "".join("▁▂▃▄▅▆▇█"[int(height)] for height in 7 * (points - points.min()) / max(np.ptp(points), 1e-12))
     # Paths of this machine stay out of what may be published.
-    base, data = args.pretrained_model_name_or_path, args.dataset_name
-    base, data = (None if not name or Path(name).exists() else name for name in (base, data))
-    header = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["stable-diffusion"]}
-    header = ModelCardData(base_model=base, datasets=data, **header).to_yaml()
+    given = args.pretrained_model_name_or_path, vars(args).get("dataset_name")
+    base, data = (None if not name or Path(name).exists() else name for name in given)
+    header = ModelCardData(base_model=base, datasets=data, library_name="diffusers", **CARD).to_yaml()
     words = ("lr_scheduler", "mixed_precision", "prediction_type")
     shown = {n: v for n, v in state.args.items() if isinstance(v, (int, float)) or n in words}
     settings = {n: v for n, v in shown.items() if v is not None and v is not False}
-    base = base or Path(args.pretrained_model_name_or_path).resolve().name
+    base = base or (Path(given[0]).resolve().name if given[0] else "A new model")
     grid = f"samples/step-{state.global_step:06d}.png"
     card = [f"---\n{header}\n---\n\n# {repo_id}"]
-    card += [f"{base}, fine-tuned on {data or 'local pictures'}. The base model's licence applies."]
+    card += [f"{base}, trained on {data or 'local pictures'}. The base model's licence applies."]
     card += ["## Load it", f"```python\n{loading_code(args, repo_id)}\n```", "## Training"]
     if Path(args.output_dir, grid).exists():
-        card += [f"![samples]({grid})", *(f"- {prompt}" for prompt in args.validation_prompts)]
+        card += [f"![samples]({grid})", *(f"- {prompt}" for prompt in dict.fromkeys(picture_prompts(args)))]
     card += [f"{state.global_step} steps. Loss from {points[0]:.4f} to {points[-1]:.4f}: `{curve}`"]
     card += [f"Held-out loss at step {row['step']}: {row['validation_loss']:.4f}" for row in held_out]
     card += ["| setting | value |\n|---|---|" + "".join(f"\n| {n} | {v} |" for n, v in settings.items()) + "\n"]
@@ -1067,32 +1096,44 @@ def total_batch_size(accelerator, args):
     return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
 
 
-def prepare_training(accelerator, args, models):
-    """Brings the UNet, its average and a new optimizer to the device; returns the optimizer."""
+def prepare_unet(accelerator, args, unet):
+    """Brings the UNet to the device, with the layout, attention and checkpointing that it will use."""
     # bitsandbytes makes the weights contiguous as it steps, so a resumed run would start in another layout.
-    layout = torch.contiguous_format if args.use_8bit_adam else torch.channels_last
-    models.unet.to(accelerator.device, memory_format=layout)
+    unet.to(accelerator.device, memory_format=torch.contiguous_format if args.use_8bit_adam else torch.channels_last)
     if args.gradient_checkpointing:
-        models.unet.enable_gradient_checkpointing()
+        unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
         try:
-            models.unet.enable_xformers_memory_efficient_attention()
+            unet.enable_xformers_memory_efficient_attention()
         except Exception as error:  # it is missing, built for another torch, or there is no GPU
             accelerator.print(f"xformers cannot be used ({error}), so PyTorch's own attention is.")
-    if models.ema_unet is not None and not args.offload_ema:
-        models.ema_unet.to(accelerator.device)
-    lr = args.learning_rate * (total_batch_size(accelerator, args) if args.scale_lr else 1)
-    settings = {"lr": lr, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    # A fused step hides from accelerate that the scaler of fp16 skipped it.
-    plain = functools.partial(torch.optim.AdamW, fused=accelerator.scaler is None)
-    adam = bitsandbytes.optim.AdamW8bit if args.use_8bit_adam else plain
-    optimizer = adam(models.params_to_optimize, weight_decay=args.adam_weight_decay, **settings)
+
+
+def make_optimizer(accelerator, args, groups):
+    """Builds AdamW for groups of "params" and their "lr", scaled by the total batch size if --scale_lr says so."""
+    settings = {"weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
+    settings["betas"] = (args.adam_beta1, args.adam_beta2)
+    for group in groups:
+        group["lr"] *= total_batch_size(accelerator, args) if args.scale_lr else 1
     if accelerator.distributed_type == DistributedType.DEEPSPEED:  # no prepared dataloader tells it these
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
         config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
         config["gradient_clipping"] = args.max_grad_norm
-    models.unet, optimizer = accelerator.prepare(models.unet, optimizer)
+    if args.use_8bit_adam:
+        return bitsandbytes.optim.AdamW8bit(groups, **settings)
+    # A fused step hides from accelerate that the scaler of fp16 skipped it.
+    return torch.optim.AdamW(groups, fused=accelerator.scaler is None, **settings)
+
+
+def prepare_training(accelerator, args, models):
+    """Brings the UNet, its average and a new optimizer to the device; returns the optimizer."""
+    prepare_unet(accelerator, args, models.unet)
+    if models.ema_unet is not None and not args.offload_ema:
+        models.ema_unet.to(accelerator.device)
+    groups = [{"params": models.params_to_optimize, "lr": args.learning_rate}]
+    models.unet, optimizer = accelerator.prepare(models.unet, make_optimizer(accelerator, args, groups))
+    models.trained = [models.unet]
     return optimizer
 
 
@@ -1123,7 +1164,7 @@ def start_logging(accelerator, args, state, checkpoint):
 def print_header(accelerator, args, models, samples, held_out, state):
     """Says what the run will do and cost; refuses it if its first checkpoint cannot fit on the disk."""
     # Four bytes a weight, four more for its average, and AdamW's two moments of four bytes, or of one.
-    bytes_a_weight = 4 + 4 * args.use_ema + (2 if args.use_8bit_adam else 8)
+    bytes_a_weight = 4 + 4 * (models.ema_unet is not None) + (2 if args.use_8bit_adam else 8)
     needed = sum(parameter.numel() for parameter in models.params_to_optimize) * bytes_a_weight / 2**30
     free = shutil.disk_usage(args.output_dir).free / 2**30
     batch = f"{args.train_batch_size} x {accelerator.num_processes} processes x {args.gradient_accumulation_steps}"
@@ -1149,7 +1190,8 @@ def peak_memory(accelerator):
 
 def load_batches(accelerator, args, samples, keys_of, state):
     """Yields this rank's batches of the steps that are left: its slice of a step's keys for each micro-step."""
-    rank, world_size, batch_size = accelerator.process_index, accelerator.num_processes, args.train_batch_size
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    batch_size = len(keys_of(0)) // (args.gradient_accumulation_steps * world_size)
     batch_keys = (
         keys_of(step)[(micro_step * world_size + rank) * batch_size :][:batch_size]
         for step in range(state.global_step, args.max_train_steps)
@@ -1163,28 +1205,29 @@ def load_batches(accelerator, args, samples, keys_of, state):
 def train(accelerator, args, models, optimizer, lr_scheduler, samples, held_out, keys_of, state, stop):
     """Takes the optimizer steps that are left, logging, validating and saving as asked; a signal ends it early."""
     batches = load_batches(accelerator, args, samples, keys_of, state)
-    steps_per_epoch = math.ceil(len(samples) / len(keys_of(0)))
-    validation_steps = args.validation_steps or (args.validation_epochs or 5) * steps_per_epoch
-    validations = {*range(0, args.max_train_steps, validation_steps), args.max_train_steps}
-    if not args.validation_prompts and not len(held_out):
+    validations = {*range(0, args.max_train_steps, args.validation_steps), args.max_train_steps}
+    if not picture_prompts(args) and not len(held_out):
         validations = set()
     if state.global_step in validations:  # of the untrained model, or one that came after the checkpoint
         log_validation(accelerator, args, models, held_out, state, stop)
     bar = {"total": args.max_train_steps, "initial": state.global_step, "disable": not accelerator.is_main_process}
     progress_bar = tqdm(desc="training", **bar)
-    models.unet.train()
+    for model in models.trained:
+        model.train()
     unread = []  # finished steps: their row, their keys, and their numbers, which are still on the device
-    then = time.perf_counter()
+    last_time = time.perf_counter()
     for step in range(state.global_step, args.max_train_steps):
-        loss = torch.zeros((), device=accelerator.device)
+        losses = Counter()
         for micro_step in range(args.gradient_accumulation_steps):
             # Only dropout inside the models draws from the global generator.
             torch.manual_seed(int(digest(state.seed, step, micro_step, accelerator.process_index)[:8], 16))
-            batch = encode_batch(accelerator, models, next(batches))
-            with accelerator.accumulate(models.unet):
-                micro_loss = compute_loss(models, batch, args).mean()
-                accelerator.backward(micro_loss)
-                loss += micro_loss.detach() / args.gradient_accumulation_steps
+            batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
+            with accelerator.accumulate(*models.trained):
+                with accelerator.autocast():
+                    micro_losses = compute_loss(models, batch, args)
+                accelerator.backward(micro_losses["loss"])
+                for name, loss in micro_losses.items():
+                    losses[name] += loss.detach() / args.gradient_accumulation_steps
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(models.params_to_optimize, args.max_grad_norm or math.inf)
                 optimizer.step()
@@ -1195,17 +1238,14 @@ def train(accelerator, args, models, optimizer, lr_scheduler, samples, held_out,
         if not skipped:
             state.optimizer_steps += 1
             lr_scheduler.step()
-            if models.ema_unet is not None:
-                models.ema_unet.to(accelerator.device)
-                models.ema_unet.step(models.params_to_optimize)
-                models.ema_unet.to("cpu" if args.offload_ema else accelerator.device)
+            after_step(accelerator, args, models, state)
         now = time.perf_counter()
-        row |= {"images_per_second": len(keys_of(step)) / (now - then), "memory_gib": peak_memory(accelerator)}
-        then = now
+        row |= {"images_per_second": len(keys_of(step)) / (now - last_time), "memory_gib": peak_memory(accelerator)}
+        last_time = now
         # Filled on the device: a number copied to it would make it wait.
-        flags = [torch.full_like(loss, float(flag)) for flag in (skipped, stop.signum > 0)]
-        numbers = torch.stack([loss, torch.as_tensor(grad_norm, dtype=loss.dtype, device=loss.device), *flags])
-        unread.append((row, keys_of(step), accelerator.reduce(numbers, "mean")))
+        flags = [torch.full_like(losses["loss"], float(flag)) for flag in (skipped, stop.signum > 0)]
+        numbers = torch.stack([*losses.values(), torch.as_tensor(grad_norm).to(losses["loss"]), *flags])
+        unread.append((row, keys_of(step), list(losses), accelerator.reduce(numbers, "mean")))
         validate = state.global_step in validations
         save = args.checkpointing_steps and state.global_step % args.checkpointing_steps == 0
         # Read one step late, so that the device always has work, or at once where something follows from the numbers.
@@ -1218,12 +1258,12 @@ def train(accelerator, args, models, optimizer, lr_scheduler, samples, held_out,
         # Saved before it is validated: a stop in a long validation then loses no step, and resuming validates again.
         if save or asked_to_stop:
             save_checkpoint(accelerator, args, models, state)
-            then = time.perf_counter()
+            last_time = time.perf_counter()
         if asked_to_stop:
             stop.exit_if_asked()
         if validate:
             log_validation(accelerator, args, models, held_out, state, stop)
-            then = time.perf_counter()
+            last_time = time.perf_counter()
     progress_bar.close()
 
 
@@ -1238,7 +1278,8 @@ def run(accelerator, args, stop):
     records = check_records(accelerator, args, read_records(args), stop)
     records, held_out_records = split_records(args, records, state.seed)
     total = total_batch_size(accelerator, args)
-    args.max_train_steps = args.max_train_steps or args.num_train_epochs * math.ceil(len(records) / total)
+    steps_per_epoch = math.ceil(len(records) / total)
+    args.max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     keys_of = functools.partial(step_keys, total_batch_size=total, size=len(records), seed=state.seed)
 
     # Models.
@@ -1252,6 +1293,7 @@ def run(accelerator, args, stop):
         "--use_8bit_adam": args.use_8bit_adam,
     }
     check_resumed(accelerator, args, state, identity)
+    args.validation_steps = args.validation_steps or (args.validation_epochs or 5) * steps_per_epoch
 
     # What the frozen ones make of the data.
     side = args.resolution // 2 ** (len(models.vae.config.block_out_channels) - 1)
@@ -1266,7 +1308,7 @@ def run(accelerator, args, stop):
     # Training.
     optimizer = prepare_training(accelerator, args, models)
     if checkpoint:
-        load_checkpoint(accelerator, models, optimizer, state, checkpoint)
+        load_checkpoint(accelerator, models, optimizer, checkpoint)
     steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps, last_epoch=state.optimizer_steps - 1)
     train(accelerator, args, models, optimizer, lr_scheduler, samples, held_out, keys_of, state, stop)

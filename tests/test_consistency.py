@@ -21,7 +21,7 @@ MAIN = ROOT / "train_text_to_image.py"
 
 # Non-blank lines, as ruff formats them.
 BUDGETS = {
-    "train_text_to_image.py": 1120,
+    "train_text_to_image.py": 1145,
     "train_lora.py": 1180,
     "train_dreambooth.py": 1160,
     "textual_inversion.py": 1100,

@@ -226,7 +226,7 @@ def decode(image, kind="PNG", **settings):
     path = Path(f"picture.{kind.lower()}")
     image.save(path, kind, **settings)
     opened = script.open_image(path.read_bytes())
-    assert opened.mode == "RGB"
+    assert opened.mode == ("F" if image.mode == "I;16" else "RGB")
     return np.asarray(opened).tolist()
 
 
@@ -245,13 +245,13 @@ DECODED = {
     "P": (palette(bytes([255, 0])), [[[255, 0, 0], [255, 255, 255]]]),
     "L": (Image.fromarray(np.uint8([[7, 200]])), [[[7, 7, 7], [200, 200, 200]]]),
     "1": (Image.fromarray(np.array([[False, True]])), [[[0, 0, 0], [255, 255, 255]]]),
-    "I;16": (Image.fromarray(np.uint16([[0, 32896, 65535]])), [[[0] * 3, [128] * 3, [255] * 3]]),
+    "I;16": (Image.fromarray(np.uint16([[0, 32896, 65535]])), [[0.0, 128.0, 255.0]]),
 }
 
 
 @pytest.mark.parametrize("mode", DECODED)
 def test_decoding(tmp_path, monkeypatch, mode):
-    """Transparency is laid on white, 16-bit grey is scaled instead of clipped, and other kinds become RGB."""
+    """Transparency is laid on white, 16-bit grey is scaled and keeps its precision, and other kinds become RGB."""
     monkeypatch.chdir(tmp_path)
     image, expected = DECODED[mode]
     assert image.mode == mode

@@ -30,21 +30,24 @@ def make_models(tiny_model, prediction_type):
     """Load what the loss needs of the tiny model."""
     return SimpleNamespace(
         unet=UNet2DConditionModel.from_pretrained(tiny_model / "unet").eval(),
+        vae=SimpleNamespace(config=SimpleNamespace(scaling_factor=0.5)),
         noise_scheduler=DDPMScheduler.from_pretrained(tiny_model / "scheduler", prediction_type=prediction_type),
     )
 
 
 def make_batch():
-    """Draw four samples' latents, noises and embeddings."""
+    """Draw four samples' posteriors, noises and embeddings, as the cache and Samples give them."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {name: (4, 4, 8, 8) for name in ("latents", "noise", "perturbation")}
+    shapes = {name: (4, 4, 8, 8) for name in ("mean", "std", "posterior_noise", "noise", "perturbation")}
     shapes |= {"offset_noise": (4, 4, 1, 1), "encoder_hidden_states": (4, 9, 32)}
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} | {"timesteps": TIMESTEPS}
 
 
 def formula(unet, batch, prediction_type, gamma=None, offset=0.0, perturbation=0.0, dream=None):
     """Compute the samples' losses as the papers have them, in float64 but for the UNet."""
-    latents, timesteps, embeddings = batch["latents"].double(), batch["timesteps"], batch["encoder_hidden_states"]
+    timesteps, embeddings = batch["timesteps"], batch["encoder_hidden_states"]
+    latents = batch["mean"].double() + batch["std"].double() * batch["posterior_noise"].double()
+    latents = latents * batch.get("scaling_factor", 0.5)
     alpha = ALPHAS_CUMPROD[timesteps].sqrt()[:, None, None, None]
     sigma = (1 - ALPHAS_CUMPROD[timesteps]).sqrt()[:, None, None, None]
     noise = batch["noise"].double() + offset * batch["offset_noise"].double()
@@ -81,10 +84,13 @@ def test_loss_is_the_formula(tiny_model, prediction_type, flags, settings):
     """Every sample's loss is the formula's, for each thing a UNet can predict and each flag that bends it."""
     models, batch = make_models(tiny_model, prediction_type), make_batch()
     with torch.no_grad():
-        loss = script.compute_loss(models, batch, make_args(tiny_model, *flags))
+        args, singles = make_args(tiny_model, *flags), [{k: v[[i]] for k, v in batch.items()} for i in range(4)]
+        losses = [script.compute_loss(models, single, args)["loss"] for single in singles]
         expected = formula(models.unet, batch, prediction_type, **settings)
-    assert loss.shape == (4,) and loss.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), expected, rtol=5e-4, atol=0)
+        torch.testing.assert_close(torch.stack(losses).double(), expected, rtol=5e-4, atol=0)
+        mean = script.compute_loss(models, batch, args)["loss"]
+    assert mean.shape == () and mean.dtype == torch.float32
+    torch.testing.assert_close(mean.double(), expected.mean(), rtol=5e-4, atol=0)
     if settings:  # else a flag that does nothing would pass
         with torch.no_grad():
             assert not torch.allclose(formula(models.unet, batch, prediction_type), expected, rtol=5e-4)
@@ -108,11 +114,11 @@ def test_dream_is_the_papers(tiny_model, power):
     models, batch = make_models(tiny_model, "epsilon"), make_batch()
     args = make_args(tiny_model, "--dream_training", "--dream_detail_preservation", power, "--noise_offset", 0.1)
     parameters = list(models.unet.parameters())
-    loss = script.compute_loss(models, batch, args)
+    loss = script.compute_loss(models, batch, args)["loss"]
     expected = formula(models.unet, batch, "epsilon", dream=power, offset=0.1)
-    torch.testing.assert_close(loss.double(), expected, rtol=5e-4, atol=0)
+    torch.testing.assert_close(loss.double(), expected.mean(), rtol=5e-4, atol=0)
     assert not torch.allclose(expected, formula(models.unet, batch, "epsilon", offset=0.1), rtol=5e-4)
-    gradients = torch.cat([g.flatten() for g in torch.autograd.grad(loss.mean(), parameters)])
+    gradients = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
     wanted = torch.cat([g.flatten() for g in torch.autograd.grad(expected.mean(), parameters)])
     assert (gradients - wanted).norm() < 1e-4 * wanted.norm()
 
@@ -141,7 +147,7 @@ def test_first_logged_loss(request, pictures, tmp_path, model, prediction_type, 
     text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
     with torch.no_grad():
         posterior = vae.encode(pixels).latent_dist
-        batch["latents"] = (posterior.mean + posterior.std * batch["posterior_noise"]) * vae.config.scaling_factor
+        batch |= {"mean": posterior.mean, "std": posterior.std, "scaling_factor": vae.config.scaling_factor}
         captions = [rows[index]["text"] for _, index in keys]
         ids = tokenizer(captions, padding="max_length", max_length=77, return_tensors="pt").input_ids
         batch["encoder_hidden_states"] = text_encoder(ids)[0]

@@ -355,7 +355,7 @@ def test_card(finished, tiny_model, pictures, monkeypatch):
     """The card says base, data, settings, losses and prompts, shows the last grid, and its code runs."""
     card = (finished.output / "README.md").read_text()
     assert card.startswith("---\n") and "library_name: diffusers" in card and "base_model" not in card
-    assert f"\n{tiny_model.name}, fine-tuned on local pictures" in card
+    assert f"\n{tiny_model.name}, trained on local pictures" in card
     assert str(tiny_model.parent) not in card and str(pictures) not in card and str(finished.output) not in card
     for setting in ("resolution | 16", "learning_rate | 0.01", "train_batch_size | 1", "seed | 1", "use_ema | True"):
         assert f"| {setting} |\n" in card
@@ -380,7 +380,7 @@ def test_card_of_hub_names(hub, tiny_model, pictures, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     header = card.split("---\n")[1]
     assert "base_model: me/base\n" in header and re.search(r"datasets:\s+(- )?me/data\n", header)
-    assert "\nme/base, fine-tuned on me/data" in card and "samples/" not in card
+    assert "\nme/base, trained on me/data" in card and "samples/" not in card
 
 
 @pytest.mark.parametrize("steps", [1, 200])
