@@ -647,7 +647,7 @@ def fill_cache(accelerator, args, models, visits, stop):
 
 
 def encode_batch(models, batch):
-    """Returns a batch's latents (bsz, 4, h, w) and embeddings (bsz, tokens, dim), of the cache's entries if it has them."""
+    """Returns a batch's latents (bsz, 4, h, w) and embeddings (bsz, tokens, dim), cached ones if it has them."""
     if "mean" not in batch:
         batch = batch | encode_pixels(models.vae, batch["pixel_values"])
     if "encoder_hidden_states" not in batch:
