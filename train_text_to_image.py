@@ -517,7 +517,7 @@ def load_pipeline(args):
 
 def name_parts(pipeline):
     """Returns a pipeline's models by the names that training gives them, all of them frozen so far."""
-    models = SimpleNamespace(pipeline=pipeline, vae=pipeline.vae, unet=pipeline.unet)
+    models = SimpleNamespace(pipeline=pipeline, vae=pipeline.vae, unet=pipeline.unet, ema_unet=None)
     models.tokenizers, models.text_encoders = [pipeline.tokenizer], [pipeline.text_encoder]
     for model in (models.vae, models.unet, *models.text_encoders):
         model.requires_grad_(False)
@@ -533,7 +533,6 @@ def load_models(args):
     base, prediction_type = args.pretrained_model_name_or_path, models.noise_scheduler.config.prediction_type
     if args.dream_training and prediction_type != "epsilon":
         raise SystemExit(f"--dream_training needs epsilon prediction, and {base} predicts {prediction_type}.")
-    models.ema_unet = None
     if args.use_ema:
         config = {"model_cls": UNet2DConditionModel, "model_config": models.unet.config}
         models.ema_unet = EMAModel(models.unet.parameters(), foreach=args.foreach_ema, **config)

@@ -37,6 +37,10 @@ SHARED = {
     "read_folder",
     "read_rows",
     "caption_list",
+    "class_pictures",
+    "missing_class_pictures",
+    "draw_class_pictures",
+    "fill_class_pictures",
     "read_bytes",
     "open_image",
     "check_record",
@@ -46,6 +50,7 @@ SHARED = {
     "split_records",
     "permutation",
     "step_keys",
+    "paired_keys",
     "Samples",
     "weights_digest",
     "load_pipeline",
@@ -112,7 +117,7 @@ HOOKS = {
     "run",
 }
 # Names of one script only: {"train_lora.py": {"name", ...}, ...}
-PRIVATE = {}
+PRIVATE = {"train_dreambooth.py": {"DEEPFLOYD"}}
 
 ROOT = Path(__file__).resolve().parent.parent
 
