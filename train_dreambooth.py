@@ -472,7 +472,7 @@ def step_keys(step, total_batch_size, size, seed):
 
 
 def paired_keys(step, total_batch_size, sizes, seed):
-    """The keys of a step: instance and, if there are any, class pictures by turns; sizes tells how many exist of both."""
+    """The keys of a step: instance and, if there are any, class pictures by turns; sizes counts both kinds."""
     keys = step_keys(step, total_batch_size, sizes[0], seed)
     if not sizes[1]:
         return keys
