@@ -71,7 +71,8 @@ switch = {"action": argparse.BooleanOptionalAction, "default": False}
 
 
 def read_config(parser, argv):
-    """Reads the YAML file of --config, if there is one, as the flags that say the same."""
+    """Returns the flags of the YAML file of --config, if there is one, and of the command line, which wins."""
+    argv = sys.argv[1:] if argv is None else argv
     first = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     first.add_argument("--config")
     path, flags = first.parse_known_args(argv)[0].config, []
@@ -88,7 +89,9 @@ def read_config(parser, argv):
             flags += [f"--{name}", *map(str, value)]
         elif value is not None:
             flags += [f"--{name}={value}"]
-    return flags
+    for flag in REFUSED.keys() & {flag.split("=")[0] for flag in flags + argv}:
+        parser.error(f"{flag}: {REFUSED[flag]}")
+    return flags + argv
 
 
 def parse_args(argv=None):
@@ -103,16 +106,15 @@ def parse_args(argv=None):
     add("--cache_dir", help="where downloads from the Hub are kept")
 
     add = parser.add_argument_group("data").add_argument
-    add("--instance_data_dir", required=True, help="folder of the subject's pictures, with or without captions")
-    add("--instance_prompt", required=True, help="prompt of pictures that have no caption of their own")
+    add("--instance_data_dir", help="folder of a subject's pictures, with or without captions")
+    add("--instance_prompt", help="prompt of pictures that have no caption of their own")
     add("--caption_column", default="text", help="column of the captions, each a string or a list to draw from")
     add("--with_prior_preservation", **switch, help="train on pictures of the class too, so that it stays as it was")
     add("--class_data_dir", help="folder of the class pictures; those that it lacks are drawn by the base model")
     add("--class_prompt", help="prompt of the class pictures")
     add("--num_class_images", type=positive_int, default=100, help="class pictures to train on")
     add("--sample_batch_size", type=positive_int, default=4, help="class pictures to draw at once")
-    precisions = ["no", "fp32", "fp16", "bf16"]
-    add("--prior_generation_precision", choices=precisions, help="to draw them in (default: fp16, fp32 on a CPU)")
+    add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"], help="default: fp16, fp32 on a CPU")
     add("--max_train_samples", type=positive_int, help="train on so many pictures, drawn by the seed")
     add("--resolution", type=positive_int, default=512, help="side of the square pictures in pixels, a multiple of 8")
     add("--center_crop", **switch, help="crop the middle instead of a random place")
@@ -185,11 +187,7 @@ def parse_args(argv=None):
     add("--hub_token", help="token for the upload (default: your login)")
     add("--hub_private_repo", **switch, help="create the repository private")
 
-    argv = sys.argv[1:] if argv is None else argv
-    flags = read_config(parser, argv) + argv
-    for flag in REFUSED.keys() & {flag.split("=")[0] for flag in flags}:
-        parser.error(f"{flag}: {REFUSED[flag]}")
-    args = parser.parse_args(flags)
+    args = parser.parse_args(read_config(parser, argv))
     check_args(parser, args)
     return args
 
@@ -199,10 +197,12 @@ def check_args(parser, args):
     base, resume, prior = args.pretrained_model_name_or_path, args.resume_from_checkpoint, args.with_prior_preservation
     hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base)
     resumable = resume in (None, "latest") or Path(resume).is_dir() or Path(args.output_dir, resume).is_dir()
-    data, classes = Path(args.instance_data_dir), Path(args.class_data_dir or "")
+    data, classes = Path(args.instance_data_dir or ""), Path(args.class_data_dir or "")
     nested = args.class_data_dir and classes.absolute().is_relative_to(data.absolute())
     precomputed = args.pre_compute_text_embeddings and args.train_text_encoder
     problems = [
+        (not args.instance_data_dir, "--instance_data_dir is needed: a folder of a subject's pictures"),
+        (not args.instance_prompt, "--instance_prompt is needed, such as 'a photo of sks dog'"),
         (not data.is_dir(), f"--instance_data_dir {data} is not a folder"),
         (prior and not args.class_data_dir, "--with_prior_preservation needs --class_data_dir, which may be empty"),
         (prior and not args.class_prompt, "--with_prior_preservation needs --class_prompt"),
@@ -1014,11 +1014,12 @@ def check_resumed(accelerator, args, state, identity):
 
 def load_checkpoint(accelerator, models, optimizer, checkpoint):
     """Brings models and optimizer to where the checkpoint left them; given flags win over the checkpoint's."""
-    given = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
+    flags = ("lr", "betas", "eps", "weight_decay", "fused")
+    given = [{name: group[name] for name in flags if name in group} for group in optimizer.param_groups]
     load_weights(models, checkpoint)
     accelerator.load_state(checkpoint)
-    for group, flags in zip(optimizer.param_groups, given):
-        group.update(flags, initial_lr=flags["lr"])
+    for group, settings in zip(optimizer.param_groups, given):
+        group.update(settings, initial_lr=settings["lr"])
 
 
 # Publishing

@@ -60,7 +60,8 @@ switch = {"action": argparse.BooleanOptionalAction, "default": False}
 
 
 def read_config(parser, argv):
-    """Reads the YAML file of --config, if there is one, as the flags that say the same."""
+    """Returns the flags of the YAML file of --config, if there is one, and of the command line, which wins."""
+    argv = sys.argv[1:] if argv is None else argv
     first = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     first.add_argument("--config")
     path, flags = first.parse_known_args(argv)[0].config, []
@@ -77,7 +78,9 @@ def read_config(parser, argv):
             flags += [f"--{name}", *map(str, value)]
         elif value is not None:
             flags += [f"--{name}={value}"]
-    return flags
+    for flag in REFUSED.keys() & {flag.split("=")[0] for flag in flags + argv}:
+        parser.error(f"{flag}: {REFUSED[flag]}")
+    return flags + argv
 
 
 def parse_args(argv=None):
@@ -151,7 +154,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("validation").add_argument
     add("--validation_prompts", nargs="+", help="prompts of the sample grids")
     add("--validation_samples", type=natural_int, default=0, help="pictures held out to measure the loss on")
-    add("--validation_epochs", type=positive_int, help="epochs between validations (default: 5)")
+    add("--validation_epochs", type=positive_int, help="epochs between validations, without --validation_steps")
     add("--validation_steps", type=positive_int, help="optimizer steps between validations, instead")
 
     add = parser.add_argument_group("logging, checkpoints, publishing").add_argument
@@ -167,11 +170,7 @@ def parse_args(argv=None):
     add("--hub_token", help="token for the upload (default: your login)")
     add("--hub_private_repo", **switch, help="create the repository private")
 
-    argv = sys.argv[1:] if argv is None else argv
-    flags = read_config(parser, argv) + argv
-    for flag in REFUSED.keys() & {flag.split("=")[0] for flag in flags}:
-        parser.error(f"{flag}: {REFUSED[flag]}")
-    args = parser.parse_args(flags)
+    args = parser.parse_args(read_config(parser, argv))
     check_args(parser, args)
     return args
 
@@ -981,11 +980,12 @@ def check_resumed(accelerator, args, state, identity):
 
 def load_checkpoint(accelerator, models, optimizer, checkpoint):
     """Brings models and optimizer to where the checkpoint left them; given flags win over the checkpoint's."""
-    given = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
+    flags = ("lr", "betas", "eps", "weight_decay", "fused")
+    given = [{name: group[name] for name in flags if name in group} for group in optimizer.param_groups]
     load_weights(models, checkpoint)
     accelerator.load_state(checkpoint)
-    for group, flags in zip(optimizer.param_groups, given):
-        group.update(flags, initial_lr=flags["lr"])
+    for group, settings in zip(optimizer.param_groups, given):
+        group.update(settings, initial_lr=settings["lr"])
 
 
 # Publishing

@@ -17,6 +17,7 @@ from pathlib import Path
 
 # The same text wherever the name stands; it refers to shared names, hooks, imports and builtins only.
 SHARED = {
+    "DEEPFLOYD",
     "PICTURES",
     "VALIDATION_STEPS",
     "VALIDATION_DRAWS",
@@ -25,6 +26,7 @@ SHARED = {
     "STOP_SIGNALS",
     "bounded",
     "positive_int",
+    "positive_float",
     "natural_int",
     "non_negative",
     "fraction",
@@ -117,7 +119,9 @@ HOOKS = {
     "run",
 }
 # Names of one script only: {"train_lora.py": {"name", ...}, ...}
-PRIVATE = {"train_dreambooth.py": {"DEEPFLOYD"}}
+PRIVATE = {
+    "train_lora.py": {"ATTENTION", "TARGETS", "TEXT_TARGETS", "LAYERS", "WAYS", "adapters", "file_key", "save_kohya"},
+}
 
 ROOT = Path(__file__).resolve().parent.parent
 
