@@ -1464,7 +1464,7 @@ def run(accelerator, args, stop):
         "--train_text_encoder": args.train_text_encoder,
         "--with_prior_preservation": args.with_prior_preservation,
         "--optimizer": [args.optimizer, args.use_8bit_adam],
-        "adapter": digest([model.peft_config["default"].to_dict() for model in models.trained]),
+        "adapter": [args.rank, args.lora_alpha, args.use_dora, args.use_rslora, args.lora_target_modules],
     }
     check_resumed(accelerator, args, state, identity)
     args.validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
