@@ -537,7 +537,7 @@ def load_models(args):
         models.ema_unet = EMAModel(models.unet.parameters(), foreach=args.foreach_ema, **config)
     if args.non_ema_revision:
         files = {"cache_dir": args.cache_dir, "use_safetensors": True, "variant": args.variant}
-        unet = UNet2DConditionModel.from_pretrained(base, "unet", revision=args.non_ema_revision, **files)
+        unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", revision=args.non_ema_revision, **files)
         models.unet.load_state_dict(unet.state_dict())
     models.unet.requires_grad_(True)
     models.trained, models.params_to_optimize = [models.unet], list(models.unet.parameters())

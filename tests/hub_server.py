@@ -13,7 +13,8 @@ from urllib.parse import parse_qs, unquote, urlparse
 class Hub(ThreadingHTTPServer):
     """The server, running as soon as it is made; `with Hub() as hub:` stops it again.
 
-    repos: {"me/model" or "datasets/me/data": {"files": {path: bytes}, "private": bool}}, to fill and to look at
+    repos: {"me/model" or "datasets/me/data": {"files": {path: bytes}, "private": bool}}, to fill and to look at;
+        "me/model@old" is a revision of me/model
     requests: every (method, path, headers, body), oldest first
     fail: [regex on "METHOD path", how many times, status], ...: requests to answer with an error
     env: the environment of a process that is to use this server
@@ -85,11 +86,12 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(200, {"errors": [], "warnings": []})
         if path == "/api/repos/create":
             return self.create(json.loads(body))
-        match = re.fullmatch(r"/api/(models/|datasets/)([^/]+/[^/]+)(?:/([\w-]+)(?:/[^/]+)?(?:/(.*))?)?", path)
+        match = re.fullmatch(r"/api/(models/|datasets/)([^/]+/[^/]+)(?:/([\w-]+)(?:/([^/]+))?(?:/(.*))?)?", path)
         if match:
-            kind, name, action, inner = match.groups()
-            return self.api(kind.replace("models/", "") + name, action, inner or "", parse_qs(url.query), body)
-        match = re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/[^/]+/(.*)", path)
+            kind, name, action, revision, inner = match.groups()
+            name = kind.replace("models/", "") + name
+            return self.api(name, action, revision, inner or "", parse_qs(url.query), body)
+        match = re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.*)", path)
         if match:
             return self.resolve(*match.groups())
         self.send(404, {})
@@ -103,17 +105,22 @@ class Handler(BaseHTTPRequestHandler):
         self.server.repos.setdefault(name, {"files": {}, "private": wanted.get("visibility") == "private"})
         self.send(status, {"url": f"{self.server.url}/{name}"})
 
-    def files_of(self, name):
-        """A repository's files and its commit, which changes with them; None after answering that there is none."""
-        if name not in self.server.repos:
+    def files_of(self, name, revision=None):
+        """A revision's files and its commit, which changes with them; None after answering that there is none."""
+        found = {}
+        for key in self.server.repos:
+            if key.split("@")[0] == name:
+                files = self.server.repos[key]["files"]
+                ids = "".join(path + blob_id(files[path]) for path in sorted(files))
+                found[key] = files, hashlib.sha1(ids.encode()).hexdigest()
+        if name not in found:
             return self.send(404, {}, {"X-Error-Code": "RepoNotFound"})
-        files = self.server.repos[name]["files"]
-        ids = "".join(path + blob_id(files[path]) for path in sorted(files))
-        return files, hashlib.sha1(ids.encode()).hexdigest()
+        of_commit = [one for one in found.values() if one[1] == revision]
+        return found.get(f"{name}@{revision}") or (of_commit or [found[name]])[0]
 
-    def api(self, name, action, inner, query, body):
+    def api(self, name, action, revision, inner, query, body):
         """GET (info), GET revision/REV, GET tree/REV/FOLDER; POST paths-info/REV, preupload/REV, commit/REV."""
-        found = self.files_of(name)
+        found = self.files_of(name, revision)
         if not found:
             return
         files, commit = found
@@ -151,9 +158,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(200, {"commitUrl": f"{self.server.url}/{name}/commit/{commit}", "commitOid": commit})
         self.send(404, {})
 
-    def resolve(self, name, path):
+    def resolve(self, name, revision, path):
         """A file, or the range of it that was asked for."""
-        found = self.files_of(name)
+        found = self.files_of(name, revision)
         if not found:
             return
         files, commit = found

@@ -4,13 +4,15 @@ import csv
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import make_pictures, metrics, run, same, weights
+from conftest import ROOT, make_pictures, metrics, run, same, weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -132,6 +134,8 @@ def test_folder_of_every_kind(tmp_path):
     with open(tmp_path / "table" / "metadata.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("file_name", "text"), ("e.bmp", 'commas, "quotes"'), ("ü.tiff", "größer")])
     (tmp_path / "notes.md").write_text("not a picture")
+    (tmp_path / ".DS_Store").write_bytes(b"\0")
+    (tmp_path / "._a.jpg").write_bytes(b"as macOS leaves it")
     expected = {
         "a.jpg": ["beside"],
         "b.PNG": ["plain"],
@@ -207,6 +211,48 @@ def test_same_from_folder_parquet_and_hub(train, hub, pictures, tiny_model, tmp_
     ]
     assert len(losses[0]) == 3 and all(other == losses[0] for other in losses)
     assert any(file.is_file() for file in (tmp_path / "downloads").rglob("*"))
+
+
+def test_revision_is_of_every_part(train, hub, tiny_model, tiny_v_model, tmp_path):
+    """--revision is that of all parts, scheduler and tokenizer too (defect 55); --non_ema_revision is the UNet's."""
+    old = shutil.copytree(tiny_v_model, tmp_path / "old")
+    for part in ("vae", "text_encoder", "unet"):
+        scale_weight(old, part)
+    tokenizer = old / "tokenizer" / "tokenizer_config.json"
+    tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()) | {"model_max_length": 70}))
+    hub.add_folder("me/model", tiny_model)
+    hub.add_folder("me/model@old", old)
+    data = make_pictures(tmp_path / "pictures")
+    for flags, source in ((["--revision", "old"], old), ([], tiny_model)):
+        out = train(data, *flags, "--learning_rate", 0, base="me/model", output=f"of-{source.name}")
+        for part in ("vae", "text_encoder", "unet"):
+            assert same(weights(out / part), weights(source / part)), part
+        for name in ("scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"):
+            values = [json.loads((folder / name).read_text()) for folder in (out, source)]
+            keys = ("prediction_type", "model_max_length")
+            assert [values[0].get(key) for key in keys] == [values[1].get(key) for key in keys], name
+    flags = ["--non_ema_revision", "old", "--learning_rate", 0]
+    out = train(data, *flags, base="me/model", output="mixed")
+    assert same(weights(out / "unet"), weights(old / "unet")) and same(
+        weights(out / "vae"), weights(tiny_model / "vae")
+    )
+
+
+@pytest.mark.launch
+def test_offline(hub, tiny_model, pictures, tmp_path):
+    """With HF_HUB_OFFLINE=1, what `hf download` fetched trains by its Hub id, and the Hub is not asked (defect 58)."""
+    hub.add_folder("me/model", tiny_model)
+    settings = {"check": True, "capture_output": True, "text": True, "timeout": 120}
+    online, hf = {**hub.env, "HF_HOME": str(tmp_path / "shared")}, Path(sys.executable).parent / "hf"
+    parts = ["--include", "*.json", "--include", "*.txt", "--include", "*/*.safetensors"]  # as docs/cluster.md says
+    subprocess.run([hf, "download", "me/model", *parts], env=online, **settings)
+    asked = len(hub.requests)
+    assert asked > 5
+    flags = [*FAST, "--pretrained_model_name_or_path", "me/model", "--train_data_dir", pictures]
+    flags += ["--output_dir", tmp_path / "out", "--validation_prompts", "a"]
+    command = [sys.executable, ROOT / "train_text_to_image.py", *flags]
+    subprocess.run([str(word) for word in command], env=online | {"HF_HUB_OFFLINE": "1"}, **settings)
+    assert len(hub.requests) == asked and len(metrics(tmp_path / "out", "loss")) == 3
 
 
 def test_captions_of_rows(tmp_path):
@@ -652,14 +698,12 @@ def entries(cache):
     return [{file.name for file in (cache / kind).glob("*")} for kind in ("latents", "prompts")]
 
 
-def scale_weight(base, folder, part):
-    """Copies a base model and scales one tensor of a part of it."""
-    shutil.copytree(base, folder)
+def scale_weight(folder, part):
+    """Scales one tensor of a part of a model."""
     (file,) = (folder / part).glob("*.safetensors")
     tensors = load_file(file)
     name = max(tensors, key=lambda name: tensors[name].numel())
     save_file({**tensors, name: tensors[name] * 1.1}, file, metadata={"format": "pt"})
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -716,7 +760,8 @@ def test_cache_key(train, two, tiny_model, tmp_path, change, new_latents, new_pr
     if change == "caption":
         (two / "a.txt").write_text("another")
     if change in ("unet", "vae", "text_encoder"):
-        base = scale_weight(tiny_model, tmp_path / "base", change)
+        base = shutil.copytree(tiny_model, tmp_path / "base")
+        scale_weight(base, change)
     flags += {
         "crop": ["--no-center_crop"],
         "flip": ["--random_flip"],

@@ -335,6 +335,15 @@ def test_resuming_a_finished_run(train, monkeypatch):
         monkeypatch.undo()
 
 
+def test_resuming_prepares_no_picture_that_it_skips(train, monkeypatch):
+    """A resumed run resizes and crops the pictures of the steps that are left, and no others (defect 12)."""
+    flags = ("--no_encoding_cache", "--max_train_steps", 5, "--checkpointing_steps", 4)
+    train("out", *flags)
+    prepared = count_calls(monkeypatch, script.Samples, "pixels")
+    train("out", *flags, "--resume_from_checkpoint", "latest")
+    assert len(prepared) == 2  # one batch
+
+
 @pytest.mark.parametrize(
     "before, after", [((), "--use_ema"), ((), "--use_8bit_adam"), (("--use_8bit_adam",), "--no-use_8bit_adam")]
 )
@@ -533,12 +542,15 @@ def test_step_keys(total, size):
         assert stream != [key for i in range(3 * size) for key in script.step_keys(i, total, size, 2)]
 
 
-def test_a_batch_larger_than_the_data(train, five_pictures, monkeypatch):
-    """Five pictures feed batches of seven: whole ones, and every picture as often as any other (defect 41)."""
+@pytest.mark.parametrize("size, accumulation", [(7, 1), (2, 2)])
+def test_batches_are_whole(train, five_pictures, monkeypatch, size, accumulation):
+    """Five pictures feed batches of seven, or two batches of two a step: whole, and each as often (defects 21, 41)."""
     batches = count_steps(monkeypatch)
-    out = train("out", "--train_data_dir", five_pictures, "--train_batch_size", 7, "--max_train_steps", 5)
-    assert [len(batch["timesteps"]) for batch in batches] == [7] * 5
-    assert [*Counter(caption for batch in batches for caption in batch["caption"]).values()] == [7] * 5
+    flags = ("--train_batch_size", size, "--gradient_accumulation_steps", accumulation, "--max_train_steps", 5)
+    out = train("out", "--train_data_dir", five_pictures, *flags)
+    assert [len(batch["timesteps"]) for batch in batches] == [size] * 5 * accumulation
+    counts = Counter(caption for batch in batches for caption in batch["caption"])
+    assert [*counts.values()] == [size * accumulation] * 5
     assert len(metrics(out, "loss")) == 5
 
 
@@ -633,6 +645,17 @@ def test_bf16_trains_alike(train, tiny_model):
     assert drift(full, half, tiny_model) < 0.5
 
 
+def test_precision_of_the_launcher(train, tmp_path, monkeypatch):
+    """Mixed precision that the launcher sets does what the flag does, and leaves float32 weights (defect 17)."""
+    typed = train("typed", "--mixed_precision", "bf16")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("RANK", "0")  # else StopFlag would tie this process to its parent's life
+    configured = train("configured")
+    assert same(weights(configured), weights(typed))
+    assert {t.dtype for t in weights(configured).values() if t.is_floating_point()} == {torch.float32}
+    assert "mixed_precision: bf16\n" in (configured / "train_args.yaml").read_text()
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_prediction_type_is_saved(train, tiny_model, tiny_v_model, prediction_type):
     """What the UNet learns to predict stands in the saved scheduler, with all else as the base has it (defect 15)."""
@@ -699,6 +722,14 @@ def test_a_base_model_of_fp16_files_only(train, tiny_model, tmp_path):
     assert not all(torch.equal(tensor, tensor.half().float()) for tensor in weights(out / "unet").values())
 
 
+def test_models_are_loaded_once(train, monkeypatch):
+    """Validation and the result take the models that are there: none is loaded beside them (defect 61)."""
+    loaded, original = [], AutoencoderKL.from_pretrained
+    monkeypatch.setattr(AutoencoderKL, "from_pretrained", lambda *a, **kw: loaded.append(a) or original(*a, **kw))
+    out = train("out", "--use_ema", "--validation_prompts", "red", "--validation_steps", 1, "--max_train_steps", 2)
+    assert len(loaded) == 1 and len(list((out / "samples").iterdir())) == 3
+
+
 def test_a_base_model_of_pickles_is_refused(train, tiny_model, tmp_path):
     """A base with nothing but .bin files is refused in a sentence: they are pickles."""
     model = shutil.copytree(tiny_model, tmp_path / "model")
@@ -725,14 +756,25 @@ def launch(processes, *flags):
     return done.stdout
 
 
+def in_epochs(words):
+    """A command line without its number of steps, which then follows from its number of epochs."""
+    place = words.index("--max_train_steps")
+    return words[:place] + words[place + 2 :]
+
+
 @pytest.mark.launch
-def test_two_processes_are_one(train, tiny_model, five_pictures, tmp_path):
-    """Two processes train as one does: each rank has its own noise (defect 9), and rates count steps (defect 8)."""
-    flags = ("--train_data_dir", five_pictures, *RANDOM, "--gradient_accumulation_steps", 2, "--max_train_steps", 5)
+def test_two_processes_are_one(tiny_model, five_pictures, tmp_path):
+    """Two processes train as one does: own noise (defect 9), summed gradients, steps from epochs (8), grids (62)."""
+    flags = ("--train_data_dir", five_pictures, *RANDOM, "--gradient_accumulation_steps", 2, "--num_train_epochs", 5)
     flags += ("--lr_scheduler", "cosine", "--lr_warmup_steps", 2, "--validation_samples", 1, "--validation_steps", 3)
-    one = train("one", *flags, "--train_batch_size", 2)
-    said = launch(2, *flags_of(tiny_model, five_pictures, tmp_path / "two", *flags, "--train_batch_size", 1))
-    two = tmp_path / "two"
+    flags += ("--validation_prompts", "red", "green", "blue")
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(script, *in_epochs(flags_of(tiny_model, five_pictures, one, *flags, "--train_batch_size", 2)))
+    said = launch(2, *in_epochs(flags_of(tiny_model, five_pictures, two, *flags, "--train_batch_size", 1)))
+    assert [step for step, _ in metrics(two, "validation_loss")] == [0, 3, 5]
+    for grid in ("step-000000.png", "step-000003.png", "step-000005.png"):
+        first, second = (np.asarray(Image.open(out / "samples" / grid), dtype=int) for out in (one, two))
+        assert np.abs(first - second).max() <= (0 if grid == "step-000000.png" else 3), grid
     for name in ("loss", "grad_norm", "validation_loss"):
         assert metrics(two, name) == [(step, pytest.approx(value, rel=1e-4)) for step, value in metrics(one, name)]
     rates = [(i + 1, pytest.approx(1e-3 * cosine(i, 2, 5))) for i in range(5)]
@@ -768,3 +810,14 @@ def test_fp16_takes_no_fused_step(tiny_model, pictures, tmp_path):
         accelerator.scaler = scaler
         optimizer = script.prepare_training(accelerator, args, script.load_models(args))
         assert optimizer.defaults["fused"] is fused
+
+
+def test_a_state_without_models(tiny_model, pictures, tmp_path):
+    """Where accelerate hands the hooks no weights, as DeepSpeed makes it do, saving and loading work (defect 50)."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = script.make_accelerator(script.parse_args(flags_of(tiny_model, pictures, tmp_path / "out")))
+    accelerator.save_state(tmp_path / "state")
+    accelerator.load_state(tmp_path / "state")
+    assert {file.name for file in (tmp_path / "state").iterdir()} == {"random_states_0.pkl"}

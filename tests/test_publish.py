@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, metrics, run, same, weights
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -235,6 +235,22 @@ def test_wandb(train, monkeypatch):
     assert not (ROOT / "wandb").exists() and not Path("wandb").exists()
 
 
+@pytest.mark.launch
+def test_a_tracker_that_is_not_installed(train, tiny_model, pictures, tmp_path, monkeypatch):
+    """A missing tracker is refused by name where it is asked for, and missed nowhere else (defect 36)."""
+    script_path, paths = str(ROOT / "train_text_to_image.py"), ["--pretrained_model_name_or_path", tiny_model]
+    paths += ["--train_data_dir", pictures, "--output_dir", tmp_path / "refused", "--report_to", "wandb"]
+    without = (
+        "import runpy, sys; sys.modules['wandb'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0], {}, '__main__')"
+    )
+    command = [sys.executable, "-c", without, script_path, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.endswith("--report_to wandb is not installed: pip install wandb\n")
+    assert not (tmp_path / "refused").exists()
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "2 steps" in (train("--validation_prompts", "a") / "README.md").read_text()
+
+
 # What is said.
 
 
@@ -297,6 +313,21 @@ def test_grids(finished, tiny_model):
     assert grids[0].read_bytes() != grids[-1].read_bytes()
 
 
+def test_grid_of_another_prediction(train, tiny_model):
+    """A grid is drawn as --prediction_type says, also where the base model's scheduler says otherwise (defect 15)."""
+    flags = ["--validation_prompts", PROMPTS[0], "--max_train_steps", 1, "--report_to", "none"]
+    output = train(*flags, "--prediction_type", "v_prediction")
+    with Image.open(output / "samples" / "step-000000.png") as image:
+        grid = np.asarray(image, dtype=int)
+    pipeline, far = StableDiffusionPipeline.from_pretrained(tiny_model), {}
+    for prediction_type in ("v_prediction", "epsilon"):
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type=prediction_type)
+        settings = {"num_inference_steps": 25, "height": 16, "width": 16, "output_type": "np"}
+        drawn = pipeline(PROMPTS[0], generator=torch.Generator().manual_seed(0), **settings).images[0] * 255
+        far[prediction_type] = np.abs(grid - drawn).max()
+    assert far["v_prediction"] < 2 < far["epsilon"]
+
+
 def test_grids_are_deterministic(train):
     """Two runs draw the same grids, and with another seed the same of the untrained model."""
     flags = ["--validation_prompts", "a", "b", "--report_to", "none"]
@@ -355,6 +386,7 @@ def test_card(finished, tiny_model, pictures, monkeypatch):
     """The card says base, data, settings, losses and prompts, shows the last grid, and its code runs."""
     card = (finished.output / "README.md").read_text()
     assert card.startswith("---\n") and "library_name: diffusers" in card and "base_model" not in card
+    assert "license" not in card  # it is the base model's, whatever that is (defect 69)
     assert f"\n{tiny_model.name}, trained on local pictures" in card
     assert str(tiny_model.parent) not in card and str(pictures) not in card and str(finished.output) not in card
     for setting in ("resolution | 16", "learning_rate | 0.01", "train_batch_size | 1", "seed | 1", "use_ema | True"):

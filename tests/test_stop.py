@@ -837,7 +837,7 @@ def test_moved_files_are_the_same_run(script, command, out, pictures, tiny_model
     data = shutil.copytree(pictures, tmp_path / "elsewhere" / "pictures")
     checkpoint = shutil.copytree(out / "checkpoint-2", tmp_path / "elsewhere" / "step two")
     moved = ("--pretrained_model_name_or_path", model, "--train_data_dir", data)
-    run(script, *command(tmp_path / "new", "--max_train_steps", 4, *RESUME, checkpoint, *moved))
+    run(script, *command(tmp_path / "new", "--max_train_steps", 4, *RESUME, f"{checkpoint}/", *moved))
     assert whole_checkpoints(tmp_path / "new") == [3, 4]
     assert_equal(tmp_path / "new" / "checkpoint-4", uninterrupted(4))
 
@@ -882,6 +882,20 @@ def weights_by_name(folder):
 
 
 # Launches.
+
+
+@pytest.mark.launch
+def test_rank_0_alone_writes(start, command, tmp_path):
+    """Of two ranks one changes the output folder (defects 48 and 60), and both draw the grids (defect 62)."""
+    out = tmp_path / "out"
+    flags = ("--max_train_steps", 2, "--checkpointing_steps", 1, "--checkpoints_total_limit", 1)
+    flags += ("--validation_prompts", "red", "green", "blue", "--report_to", "tensorboard")
+    ranks = start_ranks(functools.partial(start, watched=out), command(out, *flags), 2)
+    assert [process.wait() for process in ranks] == [0, 0], ranks[0].output() + ranks[1].output()
+    first, second = (Path(f"{process.log}.changes").read_text() for process in ranks)
+    assert f"shutil.rmtree {out}/checkpoint-1\n" in first and f"{out}/unet/" in first
+    assert second == ""
+    assert re.search(r"sampling: .* 1/2 ", ranks[0].output())  # two of the three are its own
 
 
 @pytest.mark.launch
