@@ -10,6 +10,7 @@ import argparse
 import ast
 import builtins
 import difflib
+import functools
 import symtable
 import sys
 from pathlib import Path
@@ -142,6 +143,7 @@ def names_of(node: ast.stmt) -> list[str]:
     return sorted({n.id for n in stores} | {n.name for n in inner})
 
 
+@functools.cache
 def definitions(source: str) -> dict[str, tuple[ast.stmt, int, int]]:
     """name -> (statement, first line, line after the last), decorators and the comment directly above included."""
     lines = source.splitlines()
