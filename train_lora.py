@@ -496,7 +496,7 @@ def check_records(accelerator, args, records, stop):
     """
     rows, folder = records[0]["rows"], str(Path(records[0]["name"]).absolute().parent)
     manifest = cache_folder(args) / "checked" / digest(folder if rows is None else rows._fingerprint)
-    stamps = [stamp(record) for record in records]
+    stamps = gather_object([[stamp(record) for record in records]])[0]  # rank 0's: its copies may have other times
     known = agree(manifest.parent, accelerator.is_main_process, read_manifest, manifest)
     new = [i for i in range(len(records)) if stamps[i] not in known]
     mine = new[accelerator.process_index :: accelerator.num_processes]

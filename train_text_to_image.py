@@ -92,7 +92,7 @@ def parse_args(argv=None):
     add("--pretrained_model_name_or_path", required=True, help="base model: a folder in diffusers format or a Hub id")
     add("--revision", help="branch, tag or commit of the base model on the Hub")
     add("--variant", help="variant of the base model's weight files, such as fp16")
-    add("--non_ema_revision", help="revision to train the UNet of; the EMA starts from --revision")
+    add("--non_ema_revision", help="revision of the UNet to train, such as non-ema")
     add("--cache_dir", help="where downloads from the Hub are kept")
 
     add = parser.add_argument_group("data").add_argument
@@ -383,7 +383,7 @@ def check_records(accelerator, args, records, stop):
     """
     rows, folder = records[0]["rows"], str(Path(records[0]["name"]).absolute().parent)
     manifest = cache_folder(args) / "checked" / digest(folder if rows is None else rows._fingerprint)
-    stamps = [stamp(record) for record in records]
+    stamps = gather_object([[stamp(record) for record in records]])[0]  # rank 0's: its copies may have other times
     known = agree(manifest.parent, accelerator.is_main_process, read_manifest, manifest)
     new = [i for i in range(len(records)) if stamps[i] not in known]
     mine = new[accelerator.process_index :: accelerator.num_processes]

@@ -214,7 +214,7 @@ def test_same_from_folder_parquet_and_hub(train, hub, pictures, tiny_model, tmp_
 
 
 def test_revision_is_of_every_part(train, hub, tiny_model, tiny_v_model, tmp_path):
-    """--revision is that of all parts, scheduler and tokenizer too (defect 55); --non_ema_revision is the UNet's."""
+    """--revision is that of all parts, scheduler and tokenizer too; --non_ema_revision is the UNet's."""
     old = shutil.copytree(tiny_v_model, tmp_path / "old")
     for part in ("vae", "text_encoder", "unet"):
         scale_weight(old, part)
@@ -240,7 +240,7 @@ def test_revision_is_of_every_part(train, hub, tiny_model, tiny_v_model, tmp_pat
 
 @pytest.mark.launch
 def test_offline(hub, tiny_model, pictures, tmp_path):
-    """With HF_HUB_OFFLINE=1, what `hf download` fetched trains by its Hub id, and the Hub is not asked (defect 58)."""
+    """With HF_HUB_OFFLINE=1, what `hf download` fetched trains by its Hub id, and the Hub is not asked."""
     hub.add_folder("me/model", tiny_model)
     settings = {"check": True, "capture_output": True, "text": True, "timeout": 120}
     online, hf = {**hub.env, "HF_HOME": str(tmp_path / "shared")}, Path(sys.executable).parent / "hf"

@@ -226,7 +226,7 @@ def test_ema_follows_its_formula(train, tiny_model, flags):
 
 
 def test_gradients_are_clipped(train, tiny_model):
-    """The norm to clip at reaches the weights, while the norm that is logged is the unclipped one (defect 1)."""
+    """The norm to clip at reaches the weights, while the norm that is logged is the unclipped one."""
     clipped, free = train("clipped", "--max_grad_norm", 1e-12), train("free", "--max_grad_norm", 1.0)
     assert metrics(clipped, "grad_norm")[0] == metrics(free, "grad_norm")[0]
     assert drift(free, clipped, tiny_model) > 0.5
@@ -247,7 +247,7 @@ def test_a_picture_is_learned(train, tmp_path, tiny_model):
 
 
 def test_accumulation_is_a_larger_batch(train, tiny_model):
-    """Two accumulated batches of one are one batch of two (defects 21 and 22)."""
+    """Two accumulated batches of one are one batch of two."""
     one = train("one", "--train_batch_size", 1, "--gradient_accumulation_steps", 2)
     two = train("two", "--train_batch_size", 2, "--gradient_accumulation_steps", 1)
     assert metrics(one, "loss") == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in metrics(two, "loss")]
@@ -257,7 +257,7 @@ def test_accumulation_is_a_larger_batch(train, tiny_model):
 
 @pytest.mark.parametrize("scheduler", ["constant", "linear", "cosine", "constant_with_warmup"])
 def test_learning_rates(train, scheduler):
-    """The schedule counts optimizer steps, whatever the accumulation, and ends with the run (defects 7 and 8)."""
+    """The schedule counts optimizer steps, whatever the accumulation, and ends with the run."""
     flags = ("--lr_scheduler", scheduler, "--lr_warmup_steps", 2, "--max_train_steps", 6)
     out = train("out", *flags, "--train_batch_size", 1, "--gradient_accumulation_steps", 3)
     warm = [0.0, 0.5]
@@ -322,7 +322,7 @@ def test_dropout_draws(train, plain_run, tiny_model):
 
 
 def test_resuming_a_finished_run(train, monkeypatch):
-    """A run that is resumed after its end takes no step (defect 14), or those after its last checkpoint."""
+    """A run that is resumed after its end takes no step, or those after its last checkpoint."""
     for name, steps, every, tail in (("at-end", 4, 2, 0), ("later", 5, 2, 1)):
         flags = (*RANDOM, "--max_train_steps", steps, "--checkpointing_steps", every)
         out = train(name, *flags)
@@ -336,7 +336,7 @@ def test_resuming_a_finished_run(train, monkeypatch):
 
 
 def test_resuming_prepares_no_picture_that_it_skips(train, monkeypatch):
-    """A resumed run resizes and crops the pictures of the steps that are left, and no others (defect 12)."""
+    """A resumed run resizes and crops the pictures of the steps that are left, and no others."""
     flags = ("--no_encoding_cache", "--max_train_steps", 5, "--checkpointing_steps", 4)
     train("out", *flags)
     prepared = count_calls(monkeypatch, script.Samples, "pixels")
@@ -544,7 +544,7 @@ def test_step_keys(total, size):
 
 @pytest.mark.parametrize("size, accumulation", [(7, 1), (2, 2)])
 def test_batches_are_whole(train, five_pictures, monkeypatch, size, accumulation):
-    """Five pictures feed batches of seven, or two batches of two a step: whole, and each as often (defects 21, 41)."""
+    """Five pictures feed batches of seven, or two batches of two a step: whole, and each as often."""
     batches = count_steps(monkeypatch)
     flags = ("--train_batch_size", size, "--gradient_accumulation_steps", accumulation, "--max_train_steps", 5)
     out = train("out", "--train_data_dir", five_pictures, *flags)
@@ -598,7 +598,7 @@ def test_a_short_run_caches_little(train, monkeypatch, tmp_path):
 
 
 def test_random_crops_are_not_cached(train, monkeypatch, wide_pictures, tmp_path, capsys):
-    """Random crops are hardly met twice, so each is encoded in its step, afresh (defect 6); the header says so."""
+    """Random crops are hardly met twice, so each is encoded in its step, afresh; the header says so."""
     images, texts = (
         count_calls(monkeypatch, AutoencoderKL, "encode"),
         count_calls(monkeypatch, CLIPTextModel, "forward"),
@@ -625,7 +625,7 @@ def test_captions_that_are_dropped(train, monkeypatch, tmp_path):
     "flags", [(), ("--mixed_precision", "bf16"), ("--mixed_precision", "bf16", "--no_encoding_cache")]
 )
 def test_frozen_weights_and_precision(train, tiny_model, flags):
-    """The encoders leave as they came, and all weights and moments are float32, also in bf16 (defects 16 and 34)."""
+    """The encoders leave as they came, and all weights and moments are float32, also in bf16."""
     out = train("out", *flags, "--checkpointing_steps", 4, "--use_ema")
     for part in ("vae", "text_encoder"):
         assert same(weights(out / part), weights(tiny_model / part)), part
@@ -646,7 +646,7 @@ def test_bf16_trains_alike(train, tiny_model):
 
 
 def test_precision_of_the_launcher(train, tmp_path, monkeypatch):
-    """Mixed precision that the launcher sets does what the flag does, and leaves float32 weights (defect 17)."""
+    """Mixed precision that the launcher sets does what the flag does, and leaves float32 weights."""
     typed = train("typed", "--mixed_precision", "bf16")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     monkeypatch.setenv("RANK", "0")  # else StopFlag would tie this process to its parent's life
@@ -658,7 +658,7 @@ def test_precision_of_the_launcher(train, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_prediction_type_is_saved(train, tiny_model, tiny_v_model, prediction_type):
-    """What the UNet learns to predict stands in the saved scheduler, with all else as the base has it (defect 15)."""
+    """What the UNet learns to predict stands in the saved scheduler, with all else as the base has it."""
     for model in (tiny_model, tiny_v_model):
         out = train(
             f"from-{model.name}", "--pretrained_model_name_or_path", model, "--prediction_type", prediction_type
@@ -709,7 +709,7 @@ def test_a_diverging_run_stops(train, tmp_path, every, kept):
 
 
 def test_a_base_model_of_fp16_files_only(train, tiny_model, tmp_path):
-    """A base with nothing but .fp16 files loads, with and without --variant, and trains in float32 (defect 54)."""
+    """A base with nothing but .fp16 files loads, with and without --variant, and trains in float32."""
     model = tmp_path / "model"
     StableDiffusionPipeline.from_pretrained(tiny_model).to(torch.float16).save_pretrained(model, variant="fp16")
     assert {file.name.split(".")[-2] for file in model.rglob("*.safetensors")} == {"fp16"}
@@ -723,7 +723,7 @@ def test_a_base_model_of_fp16_files_only(train, tiny_model, tmp_path):
 
 
 def test_models_are_loaded_once(train, monkeypatch):
-    """Validation and the result take the models that are there: none is loaded beside them (defect 61)."""
+    """Validation and the result take the models that are there: none is loaded beside them."""
     loaded, original = [], AutoencoderKL.from_pretrained
     monkeypatch.setattr(AutoencoderKL, "from_pretrained", lambda *a, **kw: loaded.append(a) or original(*a, **kw))
     out = train("out", "--use_ema", "--validation_prompts", "red", "--validation_steps", 1, "--max_train_steps", 2)
@@ -764,7 +764,7 @@ def in_epochs(words):
 
 @pytest.mark.launch
 def test_two_processes_are_one(tiny_model, five_pictures, tmp_path):
-    """Two processes train as one does: own noise (defect 9), summed gradients, steps from epochs (8), grids (62)."""
+    """Two processes train as one does: own noise, summed gradients, steps from epochs, grids."""
     flags = ("--train_data_dir", five_pictures, *RANDOM, "--gradient_accumulation_steps", 2, "--num_train_epochs", 5)
     flags += ("--lr_scheduler", "cosine", "--lr_warmup_steps", 2, "--validation_samples", 1, "--validation_steps", 3)
     flags += ("--validation_prompts", "red", "green", "blue")
@@ -783,9 +783,30 @@ def test_two_processes_are_one(tiny_model, five_pictures, tmp_path):
     assert said.count("The result is in") == 1
 
 
+@pytest.mark.slow
+@pytest.mark.launch
+def test_ranks_that_see_copies(tiny_model, pictures, tmp_path):
+    """Two ranks whose pictures are copies with other times start a second time: rank 0 knows them all, so both do."""
+    for rank in range(2):
+        shutil.copytree(pictures, tmp_path / str(rank) / "pictures")
+        for file in (tmp_path / str(rank) / "pictures").iterdir():
+            os.utime(file, (rank, rank))
+    wrapper = tmp_path / "wrapper.py"
+    lines = ["import os, runpy, sys", f"os.chdir({str(tmp_path)!r} + '/' + os.environ['RANK'])"]
+    wrapper.write_text(
+        "\n".join([*lines, f"runpy.run_path({str(ROOT / 'train_text_to_image.py')!r}, None, '__main__')"])
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(wrapper)]
+    for out in (tmp_path / "first", tmp_path / "second"):
+        flags = flags_of(tiny_model, "pictures", out, "--max_train_steps", 1)
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.launch
 def test_resuming_is_exact_on_three_processes(dropout_model, five_pictures, tmp_path):
-    """Three processes that are stopped and resumed end with the bits of those that were not (defects 11 to 13)."""
+    """Three processes that are stopped and resumed end with the bits of those that were not."""
     flags = ("--max_train_steps", 4, "--checkpointing_steps", 2, "--train_batch_size", 1, *RANDOM)
     flags += ("--gradient_accumulation_steps", 2, "--lr_scheduler", "cosine", "--validation_samples", 1)
     launch(3, *flags_of(dropout_model, five_pictures, tmp_path / "whole", *flags))
@@ -813,7 +834,7 @@ def test_fp16_takes_no_fused_step(tiny_model, pictures, tmp_path):
 
 
 def test_a_state_without_models(tiny_model, pictures, tmp_path):
-    """Where accelerate hands the hooks no weights, as DeepSpeed makes it do, saving and loading work (defect 50)."""
+    """Where accelerate hands the hooks no weights, as DeepSpeed makes it do, saving and loading work."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)

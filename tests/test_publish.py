@@ -237,7 +237,7 @@ def test_wandb(train, monkeypatch):
 
 @pytest.mark.launch
 def test_a_tracker_that_is_not_installed(train, tiny_model, pictures, tmp_path, monkeypatch):
-    """A missing tracker is refused by name where it is asked for, and missed nowhere else (defect 36)."""
+    """A missing tracker is refused by name where it is asked for, and missed nowhere else."""
     script_path, paths = str(ROOT / "train_text_to_image.py"), ["--pretrained_model_name_or_path", tiny_model]
     paths += ["--train_data_dir", pictures, "--output_dir", tmp_path / "refused", "--report_to", "wandb", *FAST]
     paths += ["--max_train_steps", 1]
@@ -315,7 +315,7 @@ def test_grids(finished, tiny_model):
 
 
 def test_grid_of_another_prediction(train, tiny_model):
-    """A grid is drawn as --prediction_type says, also where the base model's scheduler says otherwise (defect 15)."""
+    """A grid is drawn as --prediction_type says, also where the base model's scheduler says otherwise."""
     flags = ["--validation_prompts", PROMPTS[0], "--max_train_steps", 1, "--report_to", "none"]
     output = train(*flags, "--prediction_type", "v_prediction")
     with Image.open(output / "samples" / "step-000000.png") as image:
@@ -387,7 +387,7 @@ def test_card(finished, tiny_model, pictures, monkeypatch):
     """The card says base, data, settings, losses and prompts, shows the last grid, and its code runs."""
     card = (finished.output / "README.md").read_text()
     assert card.startswith("---\n") and "library_name: diffusers" in card and "base_model" not in card
-    assert "license" not in card  # it is the base model's, whatever that is (defect 69)
+    assert "license" not in card  # it is the base model's, whatever that is
     assert f"\n{tiny_model.name}, trained on local pictures" in card
     assert str(tiny_model.parent) not in card and str(pictures) not in card and str(finished.output) not in card
     for setting in ("resolution | 16", "learning_rate | 0.01", "train_batch_size | 1", "seed | 1", "use_ema | True"):

@@ -886,7 +886,7 @@ def weights_by_name(folder):
 
 @pytest.mark.launch
 def test_rank_0_alone_writes(start, command, tmp_path):
-    """Of two ranks one changes the output folder (defects 48 and 60), and both draw the grids (defect 62)."""
+    """Of two ranks one changes the output folder, and both draw the grids."""
     out = tmp_path / "out"
     flags = ("--max_train_steps", 2, "--checkpointing_steps", 1, "--checkpoints_total_limit", 1)
     flags += ("--validation_prompts", "red", "green", "blue", "--report_to", "tensorboard")
