@@ -1323,6 +1323,7 @@ def run(accelerator, args, stop):
         fill_class_pictures(accelerator, args, state.seed, stop)
         records += check_records(accelerator, args, class_pictures(args), stop)
         sizes = (sizes[0], len(records) - sizes[0])
+        accelerator.print(f"prior      {sizes[1]} pictures of the class, one beside each of the subject in a batch")
     total = total_batch_size(accelerator, args)
     args.max_train_steps = args.max_train_steps or args.num_train_epochs * math.ceil(max(sizes) / total)
     keys_of = functools.partial(paired_keys, total_batch_size=total, sizes=sizes, seed=state.seed)

@@ -1,5 +1,6 @@
 """What train_dreambooth.py adds: the prior's loss and pictures, a trained text encoder, captions, its own flags."""
 
+import fnmatch
 import gc
 import json
 import os
@@ -234,7 +235,11 @@ def test_class_pictures_are_drawn_once(train, fast_drawing, monkeypatch, tmp_pat
     gc.collect()
     before = sum(isinstance(thing, UNet2DConditionModel) for thing in gc.get_objects())
     monkeypatch.setattr(script, "load_models", counting)
-    train("first", *prior(folder, 3), "--sample_batch_size", 2)
+    revisions, from_pretrained = [], StableDiffusionPipeline.from_pretrained
+    watched = lambda base, **how: revisions.append(how["revision"]) or from_pretrained(base, **how)  # noqa: E731
+    monkeypatch.setattr(script.StableDiffusionPipeline, "from_pretrained", watched)
+    train("first", *prior(folder, 3), "--sample_batch_size", 2, "--revision", "tag")
+    assert revisions == ["tag", "tag"]  # of the model that draws, and of the one that is trained
     assert fast_drawing == [[CLASS, CLASS], [CLASS]] and live == [before]
     first = state_of(folder)
     assert sorted(first) == ["class-00000.png", "class-00001.png", "class-00002.png"]
@@ -330,6 +335,21 @@ def test_a_trained_text_encoder_is_saved(rich, tiny_model):
         settings = {"generator": torch.Generator().manual_seed(0), "output_type": "np", "num_inference_steps": 2}
         pictures.append(pipeline(INSTANCE, height=32, width=32, **settings).images[0])
     assert np.array_equal(*pictures) and pictures[0].std() > 0
+
+
+def test_what_is_published_is_whole(rich, tmp_path):
+    """The files that go to the Hub are those of a pipeline, with its card; the card says how to draw the subject."""
+    for file in (path for path in rich.rglob("*") if path.is_file()):
+        name = str(file.relative_to(rich))
+        if any(fnmatch.fnmatch(name, pattern) for pattern in script.PUBLISHED):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, tmp_path / name)
+    parts = {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}
+    assert {path.name for path in tmp_path.iterdir()} == parts | {"README.md", "model_index.json"}
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path)
+    assert same(pipeline.text_encoder.state_dict(), CLIPTextModel.from_pretrained(rich / "text_encoder").state_dict())
+    card = (tmp_path / "README.md").read_text()
+    assert f"prompt = {INSTANCE!r}" in card and "- dreambooth" in card and "| prior_loss_weight | 1.0 |" in card
 
 
 def test_modes_and_validation(train, classes, rich, monkeypatch, fast_drawing):
