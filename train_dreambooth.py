@@ -200,14 +200,13 @@ def check_args(parser, args):
     data, classes = Path(args.instance_data_dir or "").resolve(), Path(args.class_data_dir or "").resolve()
     nested = args.class_data_dir and (data in (classes, *classes.parents) or classes in data.parents)
     precomputed = args.pre_compute_text_embeddings and args.train_text_encoder
+    of_class = "--class_data_dir, a folder that may be empty, and --class_prompt"
     problems = [
         (not args.instance_data_dir, "--instance_data_dir is needed: a folder of a subject's pictures"),
         (not args.instance_prompt, "--instance_prompt is needed, such as 'a photo of sks dog'"),
         (not data.is_dir(), f"--instance_data_dir {args.instance_data_dir} is not a folder"),
-        (prior and not args.class_data_dir, "--with_prior_preservation needs --class_data_dir, which may be empty"),
-        (prior and not args.class_prompt, "--with_prior_preservation needs --class_prompt"),
-        (not prior and args.class_data_dir, "--class_data_dir needs --with_prior_preservation"),
-        (not prior and args.class_prompt, "--class_prompt needs --with_prior_preservation"),
+        (prior and not (args.class_data_dir and args.class_prompt), f"--with_prior_preservation needs {of_class}"),
+        (not prior and (args.class_data_dir or args.class_prompt), f"{of_class} need --with_prior_preservation"),
         (nested, "neither of --class_data_dir and --instance_data_dir may lie in the other"),
         (classes.is_file(), f"--class_data_dir {classes} is a file"),
         (precomputed, "give --train_text_encoder or --pre_compute_text_embeddings, not both"),
