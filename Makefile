@@ -4,11 +4,17 @@ THREADS ?= $(shell $(PYTHON) -c "import os; print(min(4, os.cpu_count()))")
 LAUNCH = .venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
     --num_cpu_threads_per_process $(THREADS)
 
-.PHONY: demo test test-all quality style sync clean
+.PHONY: demo demo-dreambooth test test-all quality style sync clean
 
 demo: .venv/.installed
 	$(LAUNCH) train_text_to_image.py --config configs/demo_text_to_image.yaml --overwrite_output_dir $(DEMO_FLAGS)
-	.venv/bin/python demo/before_after.py
+	.venv/bin/python demo/before_after.py outputs/demo
+
+demo-dreambooth: .venv/.installed
+	$(LAUNCH) train_dreambooth.py --config configs/demo_dreambooth.yaml --overwrite_output_dir $(DEMO_FLAGS)
+	.venv/bin/python demo/before_after.py outputs/demo-dreambooth --prompts "a sks on a blue background" \
+	    "a sks on a green background" "a sks on a red background" "a sks" "a red star on a white background" \
+	    "a green circle on a yellow background"
 
 test: .venv/.installed-dev
 	.venv/bin/python -m pytest

@@ -172,7 +172,7 @@ def parse_args(argv=None):
     schedulers = ["DPMSolverMultistepScheduler", "DDPMScheduler"]
     add("--validation_scheduler", default=schedulers[0], choices=schedulers, help="sampler of the sample grids")
     add("--validation_samples", type=natural_int, default=0, help="pictures held out to measure the loss on")
-    add("--validation_steps", type=positive_int, default=100, help="optimizer steps between validations, instead")
+    add("--validation_steps", type=positive_int, default=100, help="optimizer steps between validations")
 
     add = parser.add_argument_group("logging, checkpoints, publishing").add_argument
     trackers = "tensorboard wandb comet_ml aim mlflow clearml dvclive swanlab trackio all none".split()
@@ -197,18 +197,18 @@ def check_args(parser, args):
     base, resume, prior = args.pretrained_model_name_or_path, args.resume_from_checkpoint, args.with_prior_preservation
     hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base)
     resumable = resume in (None, "latest") or Path(resume).is_dir() or Path(args.output_dir, resume).is_dir()
-    data, classes = Path(args.instance_data_dir or ""), Path(args.class_data_dir or "")
-    nested = args.class_data_dir and classes.absolute().is_relative_to(data.absolute())
+    data, classes = Path(args.instance_data_dir or "").resolve(), Path(args.class_data_dir or "").resolve()
+    nested = args.class_data_dir and (data in (classes, *classes.parents) or classes in data.parents)
     precomputed = args.pre_compute_text_embeddings and args.train_text_encoder
+    of_class = "--class_data_dir, a folder that may be empty, and --class_prompt"
     problems = [
         (not args.instance_data_dir, "--instance_data_dir is needed: a folder of a subject's pictures"),
         (not args.instance_prompt, "--instance_prompt is needed, such as 'a photo of sks dog'"),
-        (not data.is_dir(), f"--instance_data_dir {data} is not a folder"),
-        (prior and not args.class_data_dir, "--with_prior_preservation needs --class_data_dir, which may be empty"),
-        (prior and not args.class_prompt, "--with_prior_preservation needs --class_prompt"),
-        (not prior and args.class_data_dir, "--class_data_dir needs --with_prior_preservation"),
-        (not prior and args.class_prompt, "--class_prompt needs --with_prior_preservation"),
-        (nested, f"--class_data_dir {classes} lies in --instance_data_dir {data}: take a folder beside it"),
+        (not data.is_dir(), f"--instance_data_dir {args.instance_data_dir} is not a folder"),
+        (prior and not (args.class_data_dir and args.class_prompt), f"--with_prior_preservation needs {of_class}"),
+        (not prior and (args.class_data_dir or args.class_prompt), f"{of_class} need --with_prior_preservation"),
+        (nested, "neither of --class_data_dir and --instance_data_dir may lie in the other"),
+        (classes.is_file(), f"--class_data_dir {classes} is a file"),
         (precomputed, "give --train_text_encoder or --pre_compute_text_embeddings, not both"),
         (args.resolution % 8, f"--resolution {args.resolution} is not a multiple of 8"),
         (not (hub_id or Path(base).is_dir()), f"--pretrained_model_name_or_path {base} is no folder and no Hub id"),
@@ -1160,6 +1160,8 @@ def make_optimizer(accelerator, args, groups):
 
 def prepare_training(accelerator, args, models):
     """Brings what is trained and a new optimizer to the device; returns the optimizer."""
+    if len(models.trained) > 1 and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise SystemExit("DeepSpeed trains one model, so leave out --train_text_encoder or take another launcher.")
     prepare_unet(accelerator, args, models.unet)
     for text_encoder in models.trained[1:]:
         text_encoder.to(accelerator.device)
@@ -1168,6 +1170,8 @@ def prepare_training(accelerator, args, models):
     groups = [{"params": models.params_to_optimize, "lr": args.learning_rate}]
     optimizer = make_optimizer(accelerator, args, groups)
     *models.trained, optimizer = accelerator.prepare(*models.trained, optimizer)
+    for model in models.trained:  # ranks validate unequally often, so no forward pass may wait for the others
+        model.broadcast_buffers = False
     models.unet, *text_encoders = models.trained
     models.text_encoders = text_encoders or models.text_encoders
     return optimizer
@@ -1318,6 +1322,7 @@ def run(accelerator, args, stop):
         fill_class_pictures(accelerator, args, state.seed, stop)
         records += check_records(accelerator, args, class_pictures(args), stop)
         sizes = (sizes[0], len(records) - sizes[0])
+        accelerator.print(f"prior      {sizes[1]} pictures of the class, one beside each of the subject in a batch")
     total = total_batch_size(accelerator, args)
     args.max_train_steps = args.max_train_steps or args.num_train_epochs * math.ceil(max(sizes) / total)
     keys_of = functools.partial(paired_keys, total_batch_size=total, sizes=sizes, seed=state.seed)
@@ -1326,11 +1331,11 @@ def run(accelerator, args, stop):
     models = load_models(args)
     identity = {
         "script": Path(__file__).stem,
-        "base model": digest(models.vae_digest, models.text_digest, [p.shape for p in models.params_to_optimize]),
-        "data set": digest([(record["digest"], record["captions"]) for record in records]),
-        "prediction type": models.noise_scheduler.config.prediction_type,
+        "base model": digest(models.vae_digest, models.text_digest, [p.shape for p in models.unet.parameters()]),
         "--train_text_encoder": args.train_text_encoder,
         "--with_prior_preservation": args.with_prior_preservation,
+        "data set": digest([(record["digest"], record["captions"]) for record in records]),
+        "prediction type": models.noise_scheduler.config.prediction_type,
         "--use_8bit_adam": args.use_8bit_adam,
     }
     check_resumed(accelerator, args, state, identity)

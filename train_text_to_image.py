@@ -155,7 +155,7 @@ def parse_args(argv=None):
     add("--validation_prompts", nargs="+", help="prompts of the sample grids")
     add("--validation_samples", type=natural_int, default=0, help="pictures held out to measure the loss on")
     add("--validation_epochs", type=positive_int, help="epochs between validations, without --validation_steps")
-    add("--validation_steps", type=positive_int, help="optimizer steps between validations, instead")
+    add("--validation_steps", type=positive_int, help="optimizer steps between validations")
 
     add = parser.add_argument_group("logging, checkpoints, publishing").add_argument
     trackers = "tensorboard wandb comet_ml aim mlflow clearml dvclive swanlab trackio all none".split()

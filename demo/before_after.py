@@ -1,13 +1,16 @@
 """Draws the demo's prompts with the base and with the fine-tuned model, from the same seeds, into one picture.
 
-python demo/before_after.py [OUTPUT_DIR]
+python demo/before_after.py OUTPUT_DIR [--prompts PROMPT ...]
+
+A demo whose result is no pipeline calls main with a function of its own that loads it.
 """
 
+import argparse
 import json
 import logging
 import os
-import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -28,24 +31,28 @@ SIDE = 128  # pixels of a picture on the sheet
 MARGIN = 90  # for the row's name
 
 
-def draw(model: str, args: dict) -> list[Image.Image]:
+def draw(pipeline: StableDiffusionPipeline, prompts: list[str], side: int, name: str) -> list[Image.Image]:
     """Draws one picture a prompt; prompt i always starts from the noise of seed i."""
-    pipeline = StableDiffusionPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
-    size = {"height": args["resolution"], "width": args["resolution"]}
+    settings = {"height": side, "width": side, "num_inference_steps": 25}
     return [
-        pipeline(prompt, generator=torch.Generator().manual_seed(i), num_inference_steps=25, **size).images[0]
-        for i, prompt in enumerate(tqdm(args["validation_prompts"], f"drawing with {model}"))
+        pipeline(prompt, generator=torch.Generator().manual_seed(i), **settings).images[0]
+        for i, prompt in enumerate(tqdm(prompts, f"drawing {name}"))
     ]
 
 
-def main(output_dir: str) -> None:
-    """Writes before_after.png into the output folder and says what was made."""
+def main(output_dir: str, prompts: list[str] | None, load: Callable = StableDiffusionPipeline.from_pretrained) -> None:
+    """Writes before_after.png into the output folder and says what was made.
+
+    prompts: what to draw, or None for the --validation_prompts of the run; load: makes a pipeline of output_dir.
+    """
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()
     args = yaml.safe_load(Path(output_dir, "train_args.yaml").read_text())
-    prompts = args["validation_prompts"]
-    rows = {"before": draw(args["pretrained_model_name_or_path"], args), "after": draw(output_dir, args)}
+    prompts = prompts or args["validation_prompts"]
+    base = StableDiffusionPipeline.from_pretrained(args["pretrained_model_name_or_path"])
+    rows = {"before": draw(base, prompts, args["resolution"], "before")}
+    rows["after"] = draw(load(output_dir), prompts, args["resolution"], "after")
     sheet = Image.new("RGB", (MARGIN + SIDE * len(prompts), 44 + SIDE * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
     for row, (name, images) in enumerate(rows.items()):
@@ -63,11 +70,14 @@ def main(output_dir: str) -> None:
     metrics = map(json.loads, Path(output_dir, args["logging_dir"], "metrics.jsonl").read_text().splitlines())
     losses = [row["validation_loss"] for row in metrics if "validation_loss" in row]
     print(
-        f"\nThe fine-tuned model is in {output_dir}, and {picture} shows what it learned.\n"
-        f"Loss on pictures it never saw: {losses[0]:.4f} before, {losses[-1]:.4f} after.\n"
-        f"To load it: StableDiffusionPipeline.from_pretrained({output_dir!r})"
+        f"\nThe result is in {output_dir}, its README.md says how to load it, and {picture} shows what it learned.\n"
+        f"Loss on pictures it never saw: {losses[0]:.4f} before, {losses[-1]:.4f} after."
     )
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:] or ["outputs/demo"])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("output_dir")
+    parser.add_argument("--prompts", nargs="+", help="default: the --validation_prompts of the run")
+    args = parser.parse_args()
+    main(args.output_dir, args.prompts)
