@@ -43,9 +43,9 @@ import yaml
 
 
 DEEPFLOYD = "it is for DeepFloyd IF, which this script does not train, so leave it out"
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 # Layers of the UNet by the names that --lora_target_modules takes; all: every linear layer and convolution.
-TARGETS = {"attention": ATTENTION, "attention+feedforward": [*ATTENTION, "ff.net.0.proj", "ff.net.2"], "all": None}
+TARGETS = {"attention": ["to_q", "to_k", "to_v", "to_out.0"], "all": None}
+TARGETS["attention+feedforward"] = [*TARGETS["attention"], "ff.net.0.proj", "ff.net.2"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 REFUSED = {
     "--local_rank": "launchers pass the rank in the environment, so leave this flag out",
@@ -297,7 +297,6 @@ VALIDATION_DRAWS = 4  # noises and timesteps for each held-out picture
 PUBLISHED = "README.md samples/* pytorch_lora_weights.safetensors pytorch_lora_weights_kohya.safetensors".split()
 STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1"} & {*dir(signal)}
 CARD = {"pipeline_tag": "text-to-image", "tags": ["stable-diffusion", "lora"]}
-LAYERS = (torch.nn.Linear, torch.nn.Conv2d)
 UNSAVED = {"config", "hub_token", "overwrite_output_dir", "resume_from_checkpoint"}
 
 
@@ -655,14 +654,14 @@ def load_models(args):
     models.trained = [models.unet, *(models.text_encoders if args.train_text_encoder else [])]
     settings = {"r": args.rank, "lora_alpha": args.lora_alpha or args.rank, "lora_dropout": args.lora_dropout}
     settings |= {"use_dora": args.use_dora, "use_rslora": args.use_rslora, "init_lora_weights": "gaussian"}
-    chosen = args.lora_target_modules
-    layers = [name for name, layer in models.unet.named_modules() if isinstance(layer, LAYERS)]
+    kinds, chosen = (torch.nn.Linear, torch.nn.Conv2d), args.lora_target_modules
+    layers = [name for name, layer in models.unet.named_modules() if isinstance(layer, kinds)]
     targets = layers if chosen == ["all"] else TARGETS.get(" ".join(chosen), chosen)
-    try:
-        for model, names in zip(models.trained, (targets, TEXT_TARGETS)):
-            model.add_adapter(LoraConfig(target_modules=names, **settings))
-    except ValueError as error:
-        raise SystemExit(f"--lora_target_modules {' '.join(chosen)} does not fit the UNet: {error}")
+    for target in targets:  # peft would pass over a wrong name beside right ones
+        if not any(f".{layer}".endswith(f".{target}") for layer in layers):
+            raise SystemExit(f"--lora_target_modules {target}: the UNet has no linear layer or convolution so named.")
+    for model, names in zip(models.trained, (targets, TEXT_TARGETS)):
+        model.add_adapter(LoraConfig(target_modules=names, **settings))
     models.params_to_optimize = [p for model in models.trained for p in model.parameters() if p.requires_grad]
     return models
 
@@ -1146,7 +1145,7 @@ def save_model(args, models):
 def loading_code(args, name):
     """Returns the lines that load the result by its name and make a picture."""
     base = args.pretrained_model_name_or_path
-    if name != args.output_dir and Path(base).exists():  # what is published names no path of this machine
+    if not Path(name).is_absolute() and Path(base).exists():  # what may be published names no path of this machine
         base = Path(base).resolve().name
     return (
         "from diffusers import StableDiffusionPipeline\n\n"
@@ -1282,6 +1281,8 @@ def prepare_training(accelerator, args, models):
         for parameter in model.parameters():
             parameter.data = parameter.data if parameter.requires_grad else parameter.data.to(dtype)
     prepare_unet(accelerator, args, models.unet)
+    if args.use_dora:  # whose convolutions peft views as matrices
+        models.unet.to(memory_format=torch.contiguous_format)
     groups = [{"params": [p for p in models.unet.parameters() if p.requires_grad], "lr": args.learning_rate}]
     for text_encoder in models.trained[1:]:
         text_encoder.to(accelerator.device)
@@ -1289,12 +1290,9 @@ def prepare_training(accelerator, args, models):
             text_encoder.gradient_checkpointing_enable()
         lr = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
         groups += [{"params": [p for p in text_encoder.parameters() if p.requires_grad], "lr": lr}]
-    if args.optimizer == "prodigy":
-        settings = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-        settings |= {"weight_decay": args.adam_weight_decay, "use_bias_correction": True, "safeguard_warmup": True}
-        optimizer = Prodigy(groups, **settings)
-    else:
-        optimizer = make_optimizer(accelerator, args, groups)
+    optimizer = make_optimizer(accelerator, args, groups)
+    if args.optimizer == "prodigy":  # AdamW's groups hold the flags' values
+        optimizer = Prodigy(optimizer.param_groups, use_bias_correction=True, safeguard_warmup=True)
     *models.trained, optimizer = accelerator.prepare(*models.trained, optimizer)
     models.unet, *text_encoders = models.trained
     models.text_encoders = text_encoders or models.text_encoders
@@ -1464,7 +1462,7 @@ def run(accelerator, args, stop):
         "--train_text_encoder": args.train_text_encoder,
         "--with_prior_preservation": args.with_prior_preservation,
         "--optimizer": [args.optimizer, args.use_8bit_adam],
-        "adapter": digest([model.peft_config["default"].to_dict() for model in models.trained]),
+        "adapter": [args.rank, args.lora_alpha, args.use_dora, args.use_rslora, args.lora_target_modules],
     }
     check_resumed(accelerator, args, state, identity)
     args.validation_steps = args.validation_steps or args.validation_epochs * steps_per_epoch
@@ -1491,7 +1489,8 @@ def run(accelerator, args, stop):
     # What it leaves.
     agree(args.output_dir, main_process, save_model, args, models)
     agree(args.output_dir, main_process, write_model_card, args, state, repo_id)
-    accelerator.print(f"The result is in {args.output_dir}. To load it:\n\n{loading_code(args, args.output_dir)}\n")
+    code = loading_code(args, str(Path(args.output_dir).resolve()))
+    accelerator.print(f"The result is in {args.output_dir}. To load it:\n\n{code}\n")
     stop.exit_if_asked()
     agree(args.output_dir, main_process and args.push_to_hub, publish, args, repo_id)
 
