@@ -2,6 +2,7 @@
 
 import json
 import math
+import operator
 import os
 import re
 import shutil
@@ -231,7 +232,7 @@ def test_kohya(made, tiny_model, kind):
         told, names = file.metadata(), {*file.keys()}
         rank = file.get_tensor(next(name for name in sorted(names) if name.endswith("lora_down.weight"))).shape[0]
         alphas = {file.get_tensor(name).item() for name in names if name.endswith(".alpha")}
-    assert alphas == {pytest.approx(result.scale * rank)}  # kohya scales by alpha / rank
+    assert [*alphas] == [pytest.approx(result.scale * rank)]  # kohya scales by alpha / rank
     modules = {name.split(".")[0] for name in names}
     assert names == {f"{m}.{end}" for m in modules for end in ("lora_up.weight", "lora_down.weight", "alpha")}
     assert {m.startswith(("lora_unet_", "lora_te_text_model_encoder_layers_")) for m in modules} == {True}
@@ -313,9 +314,8 @@ def test_precision(train, tiny_model, monkeypatch, flags):
         kinds = {(".lora_" in name, p.dtype, p.requires_grad) for name, p in model.named_parameters()}
         assert kinds == {(True, torch.float32, True), (False, torch.bfloat16, False)}
     base, now = load_file(next((tiny_model / "unet").glob("*.safetensors"))), models[1].pipeline.unet.state_dict()
-    assert all(torch.equal(now[n.replace(".weight", ".base_layer.weight") if n not in now else n if n in now else n]
-                           if n in now or n.replace(".weight", ".base_layer.weight") in now else
-                           now[n.replace(".bias", ".base_layer.bias")], t.bfloat16()) for n, t in base.items())
+    now = {name.replace(".base_layer", ""): tensor for name, tensor in now.items()}
+    assert all(torch.equal(now[name], tensor.bfloat16()) for name, tensor in base.items())
     for out in (half, half / "checkpoint-3"):
         tensors = load_file(out / FILE).values()
         assert {tensor.dtype for tensor in tensors} == {torch.float32}
@@ -366,12 +366,11 @@ def test_prodigy(train, tiny_model):
     argv = ["--pretrained_model_name_or_path", str(tiny_model), "--train_data_dir", str(tiny_model)]
     assert script.parse_args([*argv, "--optimizer", "prodigy"]).learning_rate == 1.0
     flags = ("--optimizer", "prodigy", "--learning_rate", 1, "--adam_beta1", 0.8, "--adam_weight_decay", 0.25)
-    out = train("out", *flags, "--checkpointing_steps", 1, "--max_train_steps", 8, "--adam_epsilon", 1e-7)
-    groups = [torch.load(out / f"checkpoint-{i}" / "optimizer.bin", weights_only=True)["param_groups"] for i in (1, 8)]
-    group = groups[1][0]
+    out = train("out", *flags, "--checkpointing_steps", 20, "--max_train_steps", 20, "--adam_epsilon", 1e-7)
+    (group,) = torch.load(out / "checkpoint-20" / "optimizer.bin", weights_only=True)["param_groups"]
     assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.8, 0.999), 0.25, 1e-7)
     assert group["safeguard_warmup"] and group["use_bias_correction"]
-    assert group["d"] > groups[0][0]["d"] > 0 and group["k"] == 8
+    assert group["d"] > group["d0"] and group["k"] == 20  # it has begun to grow
 
 
 # Resuming and stopping.
@@ -403,7 +402,8 @@ def test_resuming_is_exact_at_every_step(train, kind):
         assert same(load_file(resumed / FILE), load_file(whole / FILE))
         after = flat(torch.load(resumed / "checkpoint-4" / "optimizer.bin", weights_only=True))
         assert after.keys() == state.keys()
-        differ = {key for key in state if not torch.equal(*map(torch.as_tensor, (after[key], state[key])))}
+        equal = {True: torch.equal, False: operator.eq}
+        differ = {key for key, value in state.items() if not equal[torch.is_tensor(value)](after[key], value)}
         assert differ == set(), f"resumed at step {step}"
 
 
