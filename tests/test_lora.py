@@ -365,12 +365,12 @@ def test_prodigy(train, tiny_model):
     assert (args.optimizer, args.learning_rate) == ("prodigy", 1e-2)
     argv = ["--pretrained_model_name_or_path", str(tiny_model), "--train_data_dir", str(tiny_model)]
     assert script.parse_args([*argv, "--optimizer", "prodigy"]).learning_rate == 1.0
-    flags = ("--optimizer", "prodigy", "--learning_rate", 1, "--adam_beta1", 0.8, "--adam_weight_decay", 0.25)
-    out = train("out", *flags, "--checkpointing_steps", 20, "--max_train_steps", 20, "--adam_epsilon", 1e-7)
-    (group,) = torch.load(out / "checkpoint-20" / "optimizer.bin", weights_only=True)["param_groups"]
-    assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.8, 0.999), 0.25, 1e-7)
+    flags = ("--optimizer", "prodigy", "--learning_rate", 1, "--adam_beta2", 0.998, "--adam_weight_decay", 0.02)
+    out = train("out", *flags, "--checkpointing_steps", 30, "--max_train_steps", 30, "--adam_epsilon", 1e-7)
+    (group,) = torch.load(out / "checkpoint-30" / "optimizer.bin", weights_only=True)["param_groups"]
+    assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.9, 0.998), 0.02, 1e-7)
     assert group["safeguard_warmup"] and group["use_bias_correction"]
-    assert group["d"] > group["d0"] and group["k"] == 20  # it has begun to grow
+    assert group["d"] > group["d0"] and group["k"] == 30  # it has begun to grow
 
 
 # Resuming and stopping.
@@ -465,12 +465,12 @@ def test_stops_and_kills(tiny_model, pictures, tmp_path):
 
 
 @pytest.mark.launch
-def test_three_processes_are_one(train, tiny_model, pictures, tmp_path):
-    """Processes train both models as one does, and measure a held-out loss that they cannot share evenly."""
+def test_two_processes_are_one(train, tiny_model, pictures, tmp_path):
+    """Two processes train both models as one does."""
     flags = ("--train_text_encoder", "--gradient_accumulation_steps", 2, "--validation_samples", 1)
     flags += ("--validation_steps", 2, "--lora_target_modules", "all", "--validation_prompt", "red")
-    one = train("one", *flags, "--train_batch_size", 3)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
+    one = train("one", *flags, "--train_batch_size", 2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(ROOT / "train_lora.py"), *flags_of(tiny_model, pictures, tmp_path / "more", *flags)]
     command += ["--train_batch_size", "1"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
