@@ -235,7 +235,7 @@ def check_args(parser, args):
     prodigy, text_lr = args.optimizer == "prodigy", args.text_encoder_lr is not None
     problems = [
         (len(sources) != 1, "give the pictures by one of --train_data_dir, --dataset_name and --instance_data_dir"),
-        (folder and not Path(folder).is_dir(), f"{folder}, which should hold the pictures, is not a folder"),
+        (folder and not Path(folder).is_dir(), f"{folder} of --train_data_dir or --instance_data_dir is not a folder"),
         (args.instance_data_dir and not args.instance_prompt, "--instance_data_dir needs --instance_prompt"),
         (prior and not args.instance_prompt, "--with_prior_preservation needs --instance_prompt"),
         (prior and not args.class_data_dir, "--with_prior_preservation needs --class_data_dir, which may be empty"),
@@ -974,7 +974,10 @@ def save_weights(models, folder):
     for part, model in adapters(models).items():
         weights = get_peft_model_state_dict(model)
         settings[f"{part}_lora_layers"] = {file_key(part, key): weights[key].contiguous() for key in weights}
-        settings[f"{part}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
+        config = model.peft_config["default"].to_dict()
+        # No path of this machine, and no set, whose order differs from run to run.
+        config |= {"base_model_name_or_path": None, "target_modules": sorted(config["target_modules"])}
+        settings[f"{part}_lora_adapter_metadata"] = config
     StableDiffusionPipeline.save_lora_weights(folder, **settings)
 
 
@@ -1126,11 +1129,12 @@ def save_kohya(args, models):
             layer = f"{'lora_unet' if part == 'unet' else 'lora_te'}_{layer.replace('.', '_')}"
             tensors[f"{layer}.{'lora_down' if side == 'A' else 'lora_up'}.weight"] = tensor.contiguous()
             tensors[f"{layer}.alpha"] = torch.tensor(float(alpha))
-    generation = "v2" if models.unet.config.cross_attention_dim == 1024 else "v1"
+    kind = "v2-768-v" if models.noise_scheduler.config.prediction_type == "v_prediction" else "v2-512"
+    kind = kind if models.unet.config.cross_attention_dim == 1024 else "v1"
     metadata = {"ss_network_module": "networks.lora", "ss_network_dim": args.rank, "ss_network_alpha": alpha}
-    metadata |= {"ss_base_model_version": f"sd_{generation}", "ss_v2": generation == "v2", "ss_output_name": name}
+    metadata |= {"ss_base_model_version": f"sd_{kind[:2]}", "ss_v2": kind != "v1", "ss_output_name": name}
     metadata |= {"ss_learning_rate": args.learning_rate, "ss_seed": args.seed, "modelspec.sai_model_spec": "1.0.0"}
-    metadata |= {"modelspec.architecture": f"stable-diffusion-{generation}/lora", "modelspec.title": name}
+    metadata |= {"modelspec.architecture": f"stable-diffusion-{kind}/lora", "modelspec.title": name}
     metadata = {key: str(value) for key, value in metadata.items()}
     save_file(tensors, Path(args.output_dir, "pytorch_lora_weights_kohya.safetensors"), metadata)
 
@@ -1439,7 +1443,7 @@ def run(accelerator, args, stop):
 
     # Data.
     way = "a subject" if args.instance_prompt else "captioned pictures"
-    accelerator.print(f"on {way}   " + ", ".join(f"{name} {getattr(args, name)}" for name in WAYS))
+    accelerator.print(f"way        {way}: " + ", ".join(f"{name} {getattr(args, name)}" for name in WAYS))
     records = check_records(accelerator, args, read_records(args), stop)
     records, held_out_records = split_records(args, records, state.seed)
     sizes = (len(records), 0)

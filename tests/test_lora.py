@@ -195,7 +195,12 @@ def test_what_has_adapters(made, tiny_model, kind):
     for part in {part for part, _ in wanted}:
         told = {name: settings[f"{part}.{name}"] for name in ("r", "lora_alpha", "use_rslora", "use_dora")}
         alpha = flags.lora_alpha or flags.rank
-        assert told == {"r": flags.rank, "lora_alpha": alpha, "use_rslora": kind == "rslora", "use_dora": kind == "dora"}
+        assert told == {
+            "r": flags.rank,
+            "lora_alpha": alpha,
+            "use_rslora": kind == "rslora",
+            "use_dora": kind == "dora",
+        }
     pipeline = loaded(tiny_model, made(kind).out, adapter_name="it")
     config = pipeline.unet.peft_config["it"]
     assert (config.r, config.lora_alpha, config.use_rslora) == (flags.rank, alpha, kind == "rslora")
@@ -243,6 +248,25 @@ def test_kohya(made, tiny_model, kind):
     assert float(told["ss_network_alpha"]) == pytest.approx(result.scale * rank)
 
 
+def test_sd_2(train, tiny_v_model, tmp_path):
+    """A base with SD 2's widths, linear projections and v-prediction trains, and both files load and say what it is."""
+    base = StableDiffusionPipeline.from_pretrained(tiny_v_model)
+    text_config = base.text_encoder.config.to_dict() | {"hidden_size": 1024, "num_hidden_layers": 1}
+    base.text_encoder = type(base.text_encoder)(type(base.text_encoder.config).from_dict(text_config))
+    wide = {"cross_attention_dim": 1024, "use_linear_projection": True, "attention_head_dim": [2, 4]}
+    base.unet = UNet2DConditionModel.from_config(dict(base.unet.config) | wide)
+    base.save_pretrained(tmp_path / "base")
+    flags = ("--pretrained_model_name_or_path", tmp_path / "base", "--output_kohya_format", "--train_text_encoder")
+    out = train("out", *flags, "--lora_target_modules", "all")
+    draw = picture(loaded(tmp_path / "base", out))
+    assert close([draw], [picture(loaded(tmp_path / "base", out, weight_name=KOHYA))])
+    assert not close([draw], [picture(StableDiffusionPipeline.from_pretrained(tmp_path / "base"))], 1e-3)
+    with safe_open(out / KOHYA, "pt") as file:
+        told = file.metadata()
+    wanted = {"ss_v2": "True", "ss_base_model_version": "sd_v2"}
+    assert wanted.items() <= told.items() and told["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
+
+
 @pytest.mark.parametrize("name", ["nonsense", "norm1", "q", "attention"])
 def test_unknown_layers_are_refused(train, name):
     """A name that no layer has is refused by itself, also beside one that layers have."""
@@ -264,7 +288,9 @@ class Sum(torch.nn.Module):
         return weight + self.scale * self.b @ self.a
 
 
-@pytest.mark.parametrize("flags, scale", [("--rank 3 --lora_alpha 6", 2), ("--rank 4 --use_rslora --lora_alpha 5", 2.5)])
+@pytest.mark.parametrize(
+    "flags, scale", [("--rank 3 --lora_alpha 6", 2), ("--rank 4 --use_rslora --lora_alpha 5", 2.5)]
+)
 def test_training_by_hand(train, tiny_model, monkeypatch, flags, scale):
     """Losses, norms and factors are those of a plain loop without peft, whose gradients are clipped (defect 1)."""
     start = train("start", *flags.split(), "--learning_rate", 0, "--max_train_steps", 1)
@@ -424,7 +450,11 @@ def test_stops_and_kills(tiny_model, pictures, tmp_path):
 
     def start(steps, every):
         more = ("--max_train_steps", steps, "--checkpointing_steps", every)
-        command = [sys.executable, ROOT / "train_lora.py", *flags_of(tiny_model, pictures, tmp_path / "out", *flags, *more)]
+        command = [
+            sys.executable,
+            ROOT / "train_lora.py",
+            *flags_of(tiny_model, pictures, tmp_path / "out", *flags, *more),
+        ]
         log = tmp_path / f"{len(runs)}.log"
         # Sets come in another order in each process.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": str(len(runs))}
@@ -460,7 +490,7 @@ def test_stops_and_kills(tiny_model, pictures, tmp_path):
             process.end()
     assert "Resuming from" in second.output() and "Resuming from" in last.output() and stopped >= 3
     run(script, *flags_of(tiny_model, pictures, tmp_path / "whole", *flags, "--max_train_steps", length))
-    assert same(load_file(tmp_path / "out" / FILE), load_file(tmp_path / "whole" / FILE))
+    assert (tmp_path / "out" / FILE).read_bytes() == (tmp_path / "whole" / FILE).read_bytes()
     assert logged(tmp_path / "out") == logged(tmp_path / "whole")
 
 
@@ -492,7 +522,9 @@ def test_two_processes_are_one(train, tiny_model, pictures, tmp_path):
 def test_defaults_of_the_ways(tiny_model, pictures, tmp_path, monkeypatch, capsys, way):
     """Each way has its defaults, as the reference's two scripts have them, and says them; a given flag wins."""
     wanted = [
-        dict(learning_rate=1e-4, train_batch_size=16, num_train_epochs=100, validation_epochs=1, caption_column="text"),
+        dict(
+            learning_rate=1e-4, train_batch_size=16, num_train_epochs=100, validation_epochs=1, caption_column="text"
+        ),
         dict(learning_rate=5e-4, train_batch_size=4, num_train_epochs=1, validation_epochs=50, caption_column=None),
     ][way]
     wanted["output_dir"] = ("sd-model-finetuned-lora", "lora-dreambooth-model")[way]
@@ -561,7 +593,7 @@ MISTAKES = [
     ("- --dataset_name me/data --instance_data_dir {data} --instance_prompt sks", "--instance_data_dir"),
     ("-", "--train_data_dir, --dataset_name and --instance_data_dir"),
     ("- --instance_data_dir {data}", "--instance_prompt"),
-    ("- --instance_data_dir nowhere --instance_prompt sks", "nowhere"),
+    ("- --instance_data_dir nowhere --instance_prompt sks", "nowhere of --train_data_dir or --instance_data_dir"),
     ("--with_prior_preservation --class_data_dir other --class_prompt dog", "--instance_prompt"),
     ("--instance_prompt sks --with_prior_preservation --class_prompt dog", "--class_data_dir"),
     ("--instance_prompt sks --with_prior_preservation --class_data_dir other", "--class_prompt"),
@@ -585,7 +617,11 @@ MISTAKES = [
     ("--pretrained_model_name_or_path ./nowhere", "./nowhere"),
     ("--local_rank 0", "--local_rank"),
     ("--tokenizer_name other", "--tokenizer_name"),
-    *((f"{flag} 1", f"{flag}: it is for DeepFloyd IF") for flag in sorted(script.REFUSED) if "IF" in script.REFUSED[flag]),
+    *(
+        (f"{flag} 1", f"{flag}: it is for DeepFloyd IF")
+        for flag in sorted(script.REFUSED)
+        if "IF" in script.REFUSED[flag]
+    ),
 ]
 
 
@@ -632,7 +668,9 @@ def test_deepfloyd_is_refused(capsys, pictures):
     """The reference's commands for DeepFloyd IF are refused by the first flag that is of it."""
     command = "--resolution 64 --scale_lr --pre_compute_text_embeddings --tokenizer_max_length 77"
     with pytest.raises(SystemExit):
-        script.parse_args(["--pretrained_model_name_or_path", "a/b", "--train_data_dir", str(pictures), *command.split()])
+        script.parse_args(
+            ["--pretrained_model_name_or_path", "a/b", "--train_data_dir", str(pictures), *command.split()]
+        )
     assert "--tokenizer_max_length: it is for DeepFloyd IF" in capsys.readouterr().err
 
 
@@ -643,11 +681,16 @@ def test_what_is_published(tiny_model, pictures, tmp_path, monkeypatch, hub):
     """Both files, the card and the pictures are uploaded, none of which names a folder of this machine (defect 69)."""
     monkeypatch.setattr(script, "VALIDATION_STEPS", 2)
     monkeypatch.chdir(tmp_path)
-    flags = ("--push_to_hub", "--hub_token", "hf_x", "--output_kohya_format", "--checkpointing_steps", 2)
+    flags = ("--push_to_hub", "--hub_token", "hf_x", "--output_kohya_format", "--train_text_encoder")
     flags += ("--validation_prompt", "red", "--num_validation_images", 1, "--validation_steps", 3)
     run(script, *flags_of(tiny_model, pictures, "it", *flags))
     (files,) = [repo["files"] for repo in hub.repos.values()]
-    assert files.keys() - {".gitattributes"} == {"README.md", FILE, KOHYA, *(f"samples/step-00000{i}.png" for i in (0, 3))}
+    assert files.keys() - {".gitattributes"} == {
+        "README.md",
+        FILE,
+        KOHYA,
+        *(f"samples/step-00000{i}.png" for i in (0, 3)),
+    }
     for name, data in files.items():
         assert str(tmp_path).encode() not in data and str(tiny_model.parent).encode() not in data, name
         assert b"hf_x" not in data
@@ -660,7 +703,11 @@ def test_the_printed_code_runs(tiny_model, pictures, tmp_path, monkeypatch, caps
     """The lines at the end of a run load base and adapters, from any folder, and draw a picture."""
     monkeypatch.chdir(tmp_path)
     run(script, *flags_of(tiny_model, pictures, "it"))
-    code = re.search(r"^from diffusers .*?\.save\('picture.png'\)$", capsys.readouterr().out, re.DOTALL | re.MULTILINE)[0]
+    card = (tmp_path / "it" / "README.md").read_text()  # its code is for others, who have no such folders
+    assert "load_lora_weights('it')" in card and str(tiny_model.parent) not in card and str(tmp_path) not in card
+    code = re.search(
+        r"^from diffusers .*?\.save\('picture.png'\)$", capsys.readouterr().out, re.DOTALL | re.MULTILINE
+    )[0]
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     exec(code.replace("width=32", "width=32, num_inference_steps=2"), {})
