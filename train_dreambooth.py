@@ -1103,8 +1103,9 @@ def make_accelerator(args):
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=Path(args.output_dir, args.logging_dir),
-        # Otherwise DDP sorts its buckets anew after a first step, and a resumed run adds up in another order.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        # Otherwise DDP sorts its buckets anew after a first step, and a resumed run adds up in another order. Buffers,
+        # which are constants, would be sent at every forward pass, of which ranks take unlike numbers in a validation.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
     )
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
         raise SystemExit(

@@ -43,9 +43,9 @@ import yaml
 
 
 DEEPFLOYD = "it is for DeepFloyd IF, which this script does not train, so leave it out"
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 # Layers of the UNet by the names that --lora_target_modules takes; all: every linear layer and convolution.
-TARGETS = {"attention": ATTENTION, "attention+feedforward": [*ATTENTION, "ff.net.0.proj", "ff.net.2"], "all": None}
+TARGETS = {"attention": ["to_q", "to_k", "to_v", "to_out.0"], "all": None}
+TARGETS["attention+feedforward"] = [*TARGETS["attention"], "ff.net.0.proj", "ff.net.2"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 REFUSED = {
     "--local_rank": "launchers pass the rank in the environment, so leave this flag out",
@@ -235,7 +235,7 @@ def check_args(parser, args):
     prodigy, text_lr = args.optimizer == "prodigy", args.text_encoder_lr is not None
     problems = [
         (len(sources) != 1, "give the pictures by one of --train_data_dir, --dataset_name and --instance_data_dir"),
-        (folder and not Path(folder).is_dir(), f"{folder}, which should hold the pictures, is not a folder"),
+        (folder and not Path(folder).is_dir(), f"{folder} of --train_data_dir or --instance_data_dir is not a folder"),
         (args.instance_data_dir and not args.instance_prompt, "--instance_data_dir needs --instance_prompt"),
         (prior and not args.instance_prompt, "--with_prior_preservation needs --instance_prompt"),
         (prior and not args.class_data_dir, "--with_prior_preservation needs --class_data_dir, which may be empty"),
@@ -297,7 +297,6 @@ VALIDATION_DRAWS = 4  # noises and timesteps for each held-out picture
 PUBLISHED = "README.md samples/* pytorch_lora_weights.safetensors pytorch_lora_weights_kohya.safetensors".split()
 STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1"} & {*dir(signal)}
 CARD = {"pipeline_tag": "text-to-image", "tags": ["stable-diffusion", "lora"]}
-LAYERS = (torch.nn.Linear, torch.nn.Conv2d)
 UNSAVED = {"config", "hub_token", "overwrite_output_dir", "resume_from_checkpoint"}
 
 
@@ -655,14 +654,14 @@ def load_models(args):
     models.trained = [models.unet, *(models.text_encoders if args.train_text_encoder else [])]
     settings = {"r": args.rank, "lora_alpha": args.lora_alpha or args.rank, "lora_dropout": args.lora_dropout}
     settings |= {"use_dora": args.use_dora, "use_rslora": args.use_rslora, "init_lora_weights": "gaussian"}
-    chosen = args.lora_target_modules
-    layers = [name for name, layer in models.unet.named_modules() if isinstance(layer, LAYERS)]
+    kinds, chosen = (torch.nn.Linear, torch.nn.Conv2d), args.lora_target_modules
+    layers = [name for name, layer in models.unet.named_modules() if isinstance(layer, kinds)]
     targets = layers if chosen == ["all"] else TARGETS.get(" ".join(chosen), chosen)
-    try:
-        for model, names in zip(models.trained, (targets, TEXT_TARGETS)):
-            model.add_adapter(LoraConfig(target_modules=names, **settings))
-    except ValueError as error:
-        raise SystemExit(f"--lora_target_modules {' '.join(chosen)} does not fit the UNet: {error}")
+    for target in targets:  # peft would pass over a wrong name beside right ones
+        if not any(f".{layer}".endswith(f".{target}") for layer in layers):
+            raise SystemExit(f"--lora_target_modules {target}: the UNet has no linear layer or convolution so named.")
+    for model, names in zip(models.trained, (targets, TEXT_TARGETS)):
+        model.add_adapter(LoraConfig(target_modules=names, **settings))
     models.params_to_optimize = [p for model in models.trained for p in model.parameters() if p.requires_grad]
     return models
 
@@ -975,7 +974,10 @@ def save_weights(models, folder):
     for part, model in adapters(models).items():
         weights = get_peft_model_state_dict(model)
         settings[f"{part}_lora_layers"] = {file_key(part, key): weights[key].contiguous() for key in weights}
-        settings[f"{part}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
+        config = model.peft_config["default"].to_dict()
+        # No path of this machine, and no set, whose order differs from run to run.
+        config |= {"base_model_name_or_path": None, "target_modules": sorted(config["target_modules"])}
+        settings[f"{part}_lora_adapter_metadata"] = config
     StableDiffusionPipeline.save_lora_weights(folder, **settings)
 
 
@@ -1127,11 +1129,12 @@ def save_kohya(args, models):
             layer = f"{'lora_unet' if part == 'unet' else 'lora_te'}_{layer.replace('.', '_')}"
             tensors[f"{layer}.{'lora_down' if side == 'A' else 'lora_up'}.weight"] = tensor.contiguous()
             tensors[f"{layer}.alpha"] = torch.tensor(float(alpha))
-    generation = "v2" if models.unet.config.cross_attention_dim == 1024 else "v1"
+    kind = "v2-768-v" if models.noise_scheduler.config.prediction_type == "v_prediction" else "v2-512"
+    kind = kind if models.unet.config.cross_attention_dim == 1024 else "v1"
     metadata = {"ss_network_module": "networks.lora", "ss_network_dim": args.rank, "ss_network_alpha": alpha}
-    metadata |= {"ss_base_model_version": f"sd_{generation}", "ss_v2": generation == "v2", "ss_output_name": name}
+    metadata |= {"ss_base_model_version": f"sd_{kind[:2]}", "ss_v2": kind != "v1", "ss_output_name": name}
     metadata |= {"ss_learning_rate": args.learning_rate, "ss_seed": args.seed, "modelspec.sai_model_spec": "1.0.0"}
-    metadata |= {"modelspec.architecture": f"stable-diffusion-{generation}/lora", "modelspec.title": name}
+    metadata |= {"modelspec.architecture": f"stable-diffusion-{kind}/lora", "modelspec.title": name}
     metadata = {key: str(value) for key, value in metadata.items()}
     save_file(tensors, Path(args.output_dir, "pytorch_lora_weights_kohya.safetensors"), metadata)
 
@@ -1146,7 +1149,7 @@ def save_model(args, models):
 def loading_code(args, name):
     """Returns the lines that load the result by its name and make a picture."""
     base = args.pretrained_model_name_or_path
-    if name != args.output_dir and Path(base).exists():  # what is published names no path of this machine
+    if not Path(name).is_absolute() and Path(base).exists():  # what may be published names no path of this machine
         base = Path(base).resolve().name
     return (
         "from diffusers import StableDiffusionPipeline\n\n"
@@ -1220,8 +1223,9 @@ def make_accelerator(args):
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=Path(args.output_dir, args.logging_dir),
-        # Otherwise DDP sorts its buckets anew after a first step, and a resumed run adds up in another order.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        # Otherwise DDP sorts its buckets anew after a first step, and a resumed run adds up in another order. Buffers,
+        # which are constants, would be sent at every forward pass, of which ranks take unlike numbers in a validation.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
     )
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
         raise SystemExit(
@@ -1282,6 +1286,8 @@ def prepare_training(accelerator, args, models):
         for parameter in model.parameters():
             parameter.data = parameter.data if parameter.requires_grad else parameter.data.to(dtype)
     prepare_unet(accelerator, args, models.unet)
+    if args.use_dora:  # whose convolutions peft views as matrices
+        models.unet.to(memory_format=torch.contiguous_format)
     groups = [{"params": [p for p in models.unet.parameters() if p.requires_grad], "lr": args.learning_rate}]
     for text_encoder in models.trained[1:]:
         text_encoder.to(accelerator.device)
@@ -1289,12 +1295,9 @@ def prepare_training(accelerator, args, models):
             text_encoder.gradient_checkpointing_enable()
         lr = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
         groups += [{"params": [p for p in text_encoder.parameters() if p.requires_grad], "lr": lr}]
-    if args.optimizer == "prodigy":
-        settings = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-        settings |= {"weight_decay": args.adam_weight_decay, "use_bias_correction": True, "safeguard_warmup": True}
-        optimizer = Prodigy(groups, **settings)
-    else:
-        optimizer = make_optimizer(accelerator, args, groups)
+    optimizer = make_optimizer(accelerator, args, groups)
+    if args.optimizer == "prodigy":  # AdamW's groups hold the flags' values
+        optimizer = Prodigy(optimizer.param_groups, use_bias_correction=True, safeguard_warmup=True)
     *models.trained, optimizer = accelerator.prepare(*models.trained, optimizer)
     models.unet, *text_encoders = models.trained
     models.text_encoders = text_encoders or models.text_encoders
@@ -1440,7 +1443,7 @@ def run(accelerator, args, stop):
 
     # Data.
     way = "a subject" if args.instance_prompt else "captioned pictures"
-    accelerator.print(f"on {way}   " + ", ".join(f"{name} {getattr(args, name)}" for name in WAYS))
+    accelerator.print(f"way        {way}: " + ", ".join(f"{name} {getattr(args, name)}" for name in WAYS))
     records = check_records(accelerator, args, read_records(args), stop)
     records, held_out_records = split_records(args, records, state.seed)
     sizes = (len(records), 0)
@@ -1491,7 +1494,8 @@ def run(accelerator, args, stop):
     # What it leaves.
     agree(args.output_dir, main_process, save_model, args, models)
     agree(args.output_dir, main_process, write_model_card, args, state, repo_id)
-    accelerator.print(f"The result is in {args.output_dir}. To load it:\n\n{loading_code(args, args.output_dir)}\n")
+    code = loading_code(args, str(Path(args.output_dir).resolve()))
+    accelerator.print(f"The result is in {args.output_dir}. To load it:\n\n{code}\n")
     stop.exit_if_asked()
     agree(args.output_dir, main_process and args.push_to_hub, publish, args, repo_id)
 
