@@ -112,7 +112,7 @@ HOOKS = {
     "run",
 }
 # Names of one script only: {"train_lora.py": {"name", ...}, ...}
-PRIVATE = {}
+PRIVATE = {"train_unconditional.py": {"NEW_UNET", "load_base", "new_unet"}}
 
 ROOT = Path(__file__).resolve().parent.parent
 
