@@ -497,13 +497,14 @@ def new_unet(args):
     try:
         if path:
             config = UNet2DModel.load_config(path, revision=args.revision, cache_dir=args.cache_dir)
-        kind = config.get("_class_name", "UNet2DModel")
+        if (kind := config.get("_class_name", "UNet2DModel")) != "UNet2DModel":
+            raise ValueError(f"it is of a {kind}")
         config = {name: value for name, value in config.items() if not name.startswith("_")}
         unet, unknown = UNet2DModel.from_config(config, return_unused_kwargs=True)
+        if unknown:
+            raise ValueError(f"such a model has no {', '.join(unknown)}")
     except Exception as error:  # anything, from a missing file to numbers that do not fit together
         raise SystemExit(f"--model_config_name_or_path {path} makes no UNet2DModel: {error}")
-    if kind != "UNet2DModel" or unknown:
-        raise SystemExit(f"--model_config_name_or_path {path} is of a {kind}, or no UNet2DModel knows: {[*unknown]}")
     return unet
 
 
