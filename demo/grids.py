@@ -1,4 +1,4 @@
-"""Puts pictures that a run of train_unconditional.py learned from and its first and last samples onto one sheet.
+"""Puts pictures of the data and the first and last samples of a run of train_unconditional.py onto one sheet.
 
 python demo/grids.py [OUTPUT_DIR]
 """
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 SIDE = 96  # pixels of a picture on the sheet
-MARGIN = 110  # for the row's name
+MARGIN = 90  # for the row's name
 
 
 def read(file: Path, side: int) -> Image.Image:
@@ -27,7 +27,7 @@ def main(output_dir: str) -> None:
     side, count = args["resolution"], args["eval_batch_size"]
     files = sorted(Path(args["train_data_dir"]).glob("*.png"))
     grids = [Image.open(grid) for grid in sorted(Path(output_dir, "samples").glob("step-*.png"))]
-    rows = {"learned from": [read(file, side) for file in files[:: len(files) // count][:count]]}
+    rows = {"pictures": [read(file, side) for file in files[:: len(files) // count][:count]]}
     for name, grid in (("before", grids[0]), ("after", grids[-1])):
         rows[name] = [grid.crop((side * i, 0, side * i + side, side)) for i in range(count)]
     sheet = Image.new("RGB", (MARGIN + SIDE * count, SIDE * len(rows)), "white")

@@ -231,6 +231,13 @@ def test_pictures_are_learned(train):
     assert (first, last) == (0, 80) and after < 0.6 * before
 
 
+@pytest.mark.parametrize("flag", ["--gradient_checkpointing", "--enable_xformers_memory_efficient_attention"])
+def test_savings_change_nothing(train, flag):
+    """What saves memory or time changes the losses by rounding at most."""
+    plain, saving = train("plain"), train("saving", flag)
+    assert metrics(saving, "loss") == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in metrics(plain, "loss")]
+
+
 def test_accumulation_is_a_larger_batch(train, config):
     """Two batches of one are one of two; a step logs one loss and one rate, and the schedule ends (defects 7, 22)."""
     one = train("one", "--train_batch_size", 1, "--gradient_accumulation_steps", 2)
@@ -408,6 +415,8 @@ def test_grids(train, config):
         image = pipeline(generator=torch.Generator().manual_seed(i), num_inference_steps=4).images[0]
         assert np.array_equal(np.asarray(image), grid[:, 16 * i : 16 * i + 16])
     assert not list((train("none") / "samples").iterdir())
+    usual = train("usual", "--eval_batch_size", 1, "--max_train_samples", 2, "--max_train_steps", 12)
+    assert sorted(file.name for file in (usual / "samples").iterdir()) == [f"step-{i:06d}.png" for i in (0, 10, 12)]
 
 
 def test_few_timesteps(train, tmp_path, monkeypatch):
@@ -423,7 +432,7 @@ def test_few_timesteps(train, tmp_path, monkeypatch):
 
 def test_what_is_published(train, base):
     """All that the result needs is uploaded, and nothing else; a base's licence is mentioned."""
-    flags = ("--checkpointing_steps", 2, "--eval_batch_size", 1, "--use_ema")
+    flags = ("--checkpointing_steps", 2, "--eval_batch_size", 1, "--use_ema", "--mixed_precision", "bf16")
     out = train("out", "--pretrained_model_name_or_path", base, *flags)
     files = [file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file()]
     sent = {file for file in files if any(fnmatch(file, pattern) for pattern in script.PUBLISHED)}
