@@ -102,7 +102,7 @@ def parse_args(argv=None):
     add("--random_flip", **switch, help="mirror half of the samples")
     filters = ["lanczos", "bicubic", "bilinear", "box", "hamming", "nearest", "nearest_exact"]
     add("--image_interpolation_mode", default="lanczos", choices=filters, help="filter that resizes the pictures")
-    add("--preserve_input_precision", **switch, help="no need to ask: 16-bit and float grey always keep theirs")
+    add("--preserve_input_precision", action="store_true", help="no need: 16-bit and float grey always keep theirs")
     add("--on_bad_image", default="error", choices=["error", "skip"], help="what to do about unusable pictures")
     add("--encoding_cache_dir", help="where checks, latents and embeddings are kept (~/.cache/diffusion-training)")
     add("--no_encoding_cache", **switch, help="keep none of them, and run the frozen models in every step")
@@ -145,7 +145,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("loss").add_argument
     targets = ["epsilon", "v_prediction", "sample"]
     add("--prediction_type", choices=targets, help="what the UNet predicts (default: as the base model does)")
-    add("--snr_gamma", type=functools.partial(bounded, kind=float, low=1e-6), help="gamma of Min-SNR weights, often 5")
+    add("--snr_gamma", type=positive, help="gamma of Min-SNR weights, often 5")
     add("--ddpm_num_steps", type=positive_int, help="timesteps of the noise (default: as the base has, or 1000)")
     schedules = ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"]
     add("--ddpm_beta_schedule", choices=schedules, help="rise of the noise (default: as the base has, or linear)")
