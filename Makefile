@@ -4,7 +4,7 @@ THREADS ?= $(shell $(PYTHON) -c "import os; print(min(4, os.cpu_count()))")
 LAUNCH = .venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
     --num_cpu_threads_per_process $(THREADS)
 
-.PHONY: demo demo-dreambooth test test-all quality style sync clean
+.PHONY: demo demo-dreambooth demo-unconditional test test-all quality style sync clean
 
 demo: .venv/.installed
 	$(LAUNCH) train_text_to_image.py --config configs/demo_text_to_image.yaml --overwrite_output_dir $(DEMO_FLAGS)
@@ -15,6 +15,10 @@ demo-dreambooth: .venv/.installed
 	.venv/bin/python demo/before_after.py outputs/demo-dreambooth --prompts "a sks on a blue background" \
 	    "a sks on a green background" "a sks on a red background" "a sks" "a red star on a white background" \
 	    "a green circle on a yellow background"
+
+demo-unconditional: .venv/.installed
+	$(LAUNCH) train_unconditional.py --config configs/demo_unconditional.yaml --overwrite_output_dir $(DEMO_FLAGS)
+	.venv/bin/python demo/grids.py
 
 test: .venv/.installed-dev
 	.venv/bin/python -m pytest

@@ -98,7 +98,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("data").add_argument
     add("--dataset_name", help="a data set on the Hub, or whatever else datasets.load_dataset takes")
     add("--dataset_config_name", help="configuration of that data set")
-    add("--train_data_dir", help="folder of pictures with metadata.jsonl, .csv or .txt captions, or of parquet files")
+    add("--train_data_dir", help="folder of pictures, captions in metadata.jsonl, .csv or .txt, or of parquet files")
     add("--image_column", default="image", help="column of the pictures (Hub and parquet)")
     add("--caption_column", default="text", help="column of the captions, each a string or a list to draw from")
     add("--max_train_samples", type=positive_int, help="train on so many pictures, drawn by the seed")
@@ -109,8 +109,8 @@ def parse_args(argv=None):
     add("--image_interpolation_mode", default="lanczos", choices=filters, help="filter that resizes the pictures")
     add("--proportion_empty_prompts", type=fraction, default=0.0, help="fraction of samples that lose their caption")
     add("--on_bad_image", default="error", choices=["error", "skip"], help="what to do about unusable pictures")
-    add("--encoding_cache_dir", help="where latents and embeddings are kept (~/.cache/diffusion-training)")
-    add("--no_encoding_cache", **switch, help="run the frozen models in every step instead")
+    add("--encoding_cache_dir", help="where checks, latents and embeddings are kept (~/.cache/diffusion-training)")
+    add("--no_encoding_cache", **switch, help="keep none of them, and run the frozen models in every step")
     add("--dataloader_num_workers", type=natural_int, default=0, help="processes that load pictures")
 
     add = parser.add_argument_group("training").add_argument
@@ -331,10 +331,11 @@ def read_bytes(record):
 
 
 def open_image(data):
-    """Decodes a picture upright, transparency on white, to RGB, or to float32 in [0, 255] if it is of 16-bit grey."""
+    """Decodes a picture upright, transparency on white, to RGB, or 16-bit or float grey to float32 in [0, 255]."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image, dtype=np.float32) / 257).clip(0, 255))
+    if image.mode == "F" or image.mode.startswith("I"):
+        unit = 1 / 255 if image.mode == "F" else 257
+        return Image.fromarray((np.asarray(image, dtype=np.float32) / unit).clip(0, 255))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -1024,10 +1025,11 @@ def write_model_card(args, state, repo_id):
     base = base or (Path(given[0]).resolve().name if given[0] else "A new model")
     grid = f"samples/step-{state.global_step:06d}.png"
     card = [f"---\n{header}\n---\n\n# {repo_id}"]
-    card += [f"{base}, trained on {data or 'local pictures'}. The base model's licence applies."]
+    card += [f"{base}, trained on {data or 'local pictures'}."]
+    card += ["The base model's licence applies."] if given[0] else []
     card += ["## Load it", f"```python\n{loading_code(args, repo_id)}\n```", "## Training"]
     if Path(args.output_dir, grid).exists():
-        card += [f"![samples]({grid})", *(f"- {prompt}" for prompt in dict.fromkeys(picture_prompts(args)))]
+        card += [f"![samples]({grid})", *(f"- {prompt}" for prompt in dict.fromkeys(picture_prompts(args)) if prompt)]
     card += [f"{state.global_step} steps. Loss from {points[0]:.4f} to {points[-1]:.4f}: `{curve}`"]
     card += [f"Held-out loss at step {row['step']}: {row['validation_loss']:.4f}" for row in held_out]
     card += ["| setting | value |\n|---|---|" + "".join(f"\n| {n} | {v} |" for n, v in settings.items()) + "\n"]

@@ -1,0 +1,673 @@
+"""What train_unconditional.py does of its own: loss, average, models, data, pictures; and one stop of each kind."""
+
+import json
+import math
+import os
+import shutil
+import signal
+from fnmatch import fnmatch
+
+import datasets
+import forked
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import make_pictures, metrics, run, same, weights
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
+from safetensors.torch import load_file
+from test_exact import cosine, drift, everything, logged
+from test_stop import assert_equal, is_whole, litter, rows, start_ranks, whole_checkpoints
+
+import train_unconditional as script
+
+
+SCRIPT = "train_unconditional"
+SMALL = "--resolution 16 --center_crop --train_batch_size 2 --max_train_steps 4 --seed 1 --learning_rate 1e-3"
+FLAGS = (*SMALL.split(), "--lr_warmup_steps", 0, "--checkpointing_steps", 0, "--save_model_epochs", 0)
+FLAGS += ("--eval_batch_size", 0, "--ddpm_num_inference_steps", 2, "--report_to", "none")
+UNET = {
+    "_class_name": "UNet2DModel",
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 4,
+}
+# Whatever draws something, and all that has a state.
+RICH = ("--random_flip", "--no-center_crop", "--use_ema", "--gradient_accumulation_steps", 2, "--train_batch_size", 1)
+RICH += ("--prediction_type", "v_prediction", "--snr_gamma", 5, "--lr_warmup_steps", 2, "--validation_samples", 1)
+RICH += ("--ddpm_num_steps", 100, "--ddpm_beta_schedule", "squaredcos_cap_v2", "--checkpointing_steps", 1)
+STILL = ("--learning_rate", 0, "--max_train_steps", 1)  # ends with the weights that it began with
+
+
+def write_config(folder, **changes):
+    """Writes the config of a tiny UNet into a folder, and returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(UNET | changes))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory):
+    """The folder of a tiny UNet's config."""
+    return write_config(tmp_path_factory.mktemp("models") / "config")
+
+
+@pytest.fixture(scope="session")
+def dropout_config(tmp_path_factory):
+    """The same UNet with dropout, which draws from the global generator."""
+    return write_config(tmp_path_factory.mktemp("models") / "dropout", dropout=0.1)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A tiny pipeline of 100 timesteps that predicts the velocity and was saved with another scheduler."""
+    torch.manual_seed(2)
+    unet = UNet2DModel.from_config(UNET | {"sample_size": 16})
+    betas = {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+    folder = tmp_path_factory.mktemp("models") / "base"
+    DDPMPipeline(unet=unet, scheduler=DDIMScheduler(**betas)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wide_pictures(tmp_path_factory):
+    """Five pictures that are wider than high, so that crops are drawn and epochs end inside of steps."""
+    folder = make_pictures(tmp_path_factory.mktemp("data") / "wide", count=5)
+    for file in folder.glob("*.[jp]*g"):
+        Image.open(file).resize((72, 48)).save(file)
+    return folder
+
+
+def flags_of(config, data, out, *flags):
+    """The command line of a small run, as text; later flags win."""
+    model = () if "--pretrained_model_name_or_path" in flags else ("--model_config_name_or_path", config)
+    return [str(flag) for flag in (*FLAGS, *model, "--train_data_dir", data, "--output_dir", out, *flags)]
+
+
+@pytest.fixture
+def train(config, pictures, tmp_path):
+    """A function that trains in this process, into a named folder that it returns."""
+
+    def call(name, *flags):
+        run(script, *flags_of(config, pictures, tmp_path / name, *flags))
+        return tmp_path / name
+
+    return call
+
+
+def collect_batches(monkeypatch):
+    """Collects the batches that are trained on, in a list that grows."""
+    batches, original = [], script.compute_loss
+
+    def collecting(models, batch, args):
+        batches.append(batch)
+        return original(models, batch, args)
+
+    monkeypatch.setattr(script, "compute_loss", collecting)
+    return batches
+
+
+# Numbers
+
+
+def schedule(kind, steps):
+    """The products of alphas of a noise schedule, by their formulas."""
+    if kind == "linear":
+        return np.cumprod(1 - np.linspace(1e-4, 0.02, steps))
+    bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.cumprod(1 - np.minimum(1 - bar[1:] / bar[:-1], 0.999))
+
+
+@pytest.mark.parametrize("gamma", [None, 5.0, math.inf])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("kind, steps", [("linear", 1000), ("squaredcos_cap_v2", 100)])
+def test_loss_by_hand(config, pictures, kind, steps, prediction_type, gamma):
+    """The loss is the formula's, sample by sample; an infinite gamma weights as the reference does for the picture."""
+    flags = ("--ddpm_num_steps", steps, "--ddpm_beta_schedule", kind, "--prediction_type", prediction_type)
+    args = script.parse_args(flags_of(config, pictures, "unused", *flags))
+    args.snr_gamma = gamma
+    torch.manual_seed(0)
+    models = script.load_models(args)
+    timesteps = torch.tensor([0, steps // 3, steps - 1])
+    batch = {"pixel_values": torch.rand(3, 3, 16, 16) * 2 - 1, "noise": torch.randn(3, 3, 16, 16)}
+    batch["timesteps"] = timesteps
+    wanted = []
+    for i, t in enumerate(timesteps.tolist()):
+        alpha, image, noise = schedule(kind, steps)[t], batch["pixel_values"][i], batch["noise"][i]
+        snr = alpha / (1 - alpha)
+        noisy = alpha**0.5 * image + (1 - alpha) ** 0.5 * noise
+        velocity = alpha**0.5 * noise - (1 - alpha) ** 0.5 * image
+        target = {"epsilon": noise, "v_prediction": velocity, "sample": image}[prediction_type]
+        known = min(snr, gamma or 1)
+        weight = {"epsilon": known / snr, "v_prediction": known / (snr + 1), "sample": known}[prediction_type]
+        with torch.no_grad():
+            prediction = models.unet(noisy[None].float(), t).sample[0]
+        wanted.append(((prediction - target) ** 2).mean().item() * (1 if gamma is None else weight))
+    assert script.compute_loss(models, batch, args)["loss"].item() == pytest.approx(np.mean(wanted), rel=1e-3)
+
+
+def test_the_loop_by_hand(train, config, monkeypatch):
+    """A new model's weights are drawn by the seed, and trained by AdamW with this script's defaults and a cosine."""
+    batches = collect_batches(monkeypatch)
+    out = train("out", "--max_train_steps", 5, "--lr_warmup_steps", 2, "--seed", 3)
+    torch.manual_seed(3)
+    unet = UNet2DModel.from_config(UNET).train()
+    unet.save_pretrained(out.with_name("start") / "unet")
+    optimizer = torch.optim.AdamW(unet.parameters(), betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+    alphas = torch.from_numpy(schedule("linear", 1000)).float()
+    losses = []
+    for step, batch in enumerate(batches):
+        alpha = alphas[batch["timesteps"]][:, None, None, None]
+        noisy = alpha**0.5 * batch["pixel_values"] + (1 - alpha) ** 0.5 * batch["noise"]
+        loss = (unet(noisy, batch["timesteps"]).sample - batch["noise"]).square().mean()
+        loss.backward()
+        losses.append(loss.item())
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 1e-3 * cosine(step, 2, 5)
+        optimizer.step()
+        optimizer.zero_grad()
+    unet.save_pretrained(out.with_name("hand") / "unet")
+    assert metrics(out, "loss") == [(i + 1, pytest.approx(loss, rel=1e-4)) for i, loss in enumerate(losses)]
+    assert drift(out, out.with_name("hand"), out.with_name("start")) < 1e-3
+    with open(out / "unet" / "config.json") as file:
+        assert json.load(file)["sample_size"] == 16
+
+
+EMA = {
+    "power": ("--ema_inv_gamma", 2.0, "--ema_power", 0.5),
+    "limit": ("--ema_max_decay", 0.3),
+    "foreach": ("--foreach_ema",),
+    "offload": ("--ema_power", 0.9, "--offload_ema"),
+}
+
+
+@pytest.mark.parametrize("kind", EMA)
+def test_ema_follows_its_formula(train, config, kind):
+    """The decay after step t is 1 - (1 + t / gamma)^-power, up to its limit; the pipeline gets the average."""
+    steps = ("--max_train_steps", 4, "--checkpointing_steps", 1, "--learning_rate", 1e-2)
+    out = train("out", "--use_ema", *steps, *EMA[kind])
+    given = dict(zip(EMA[kind][::2], EMA[kind][1::2]))
+    gamma, power = given.get("--ema_inv_gamma", 1.0), given.get("--ema_power", 0.75)
+    average = weights(out / "checkpoint-1" / "unet")
+    for step in range(4):
+        trained, saved = (weights(out / f"checkpoint-{step + 1}" / name) for name in ("unet", "unet_ema"))
+        decay = min(1 - (1 + step / gamma) ** -power, given.get("--ema_max_decay", 0.9999))
+        average = {name: decay * average[name] + (1 - decay) * trained[name] for name in trained}
+        for name in average:
+            torch.testing.assert_close(saved[name], average[name], rtol=1e-5, atol=1e-6)
+    assert same(weights(out / "unet"), saved) and not same(saved, trained)
+
+
+def test_noise_is_added_in_float32(train, monkeypatch):
+    """Under bf16 the UNet's input is that of float32, bit for bit, and weights and moments are float32 (defect 31)."""
+    inputs, batches = [], collect_batches(monkeypatch)
+    load_models = script.load_models
+
+    def watching(args):
+        models = load_models(args)
+        models.unet.register_forward_pre_hook(lambda module, given: inputs.append(given[0].clone()))
+        return models
+
+    monkeypatch.setattr(script, "load_models", watching)
+    out = train("out", "--mixed_precision", "bf16", "--checkpointing_steps", 4)
+    assert len(inputs) == 4
+    for batch, given in zip(batches, inputs):
+        wanted = DDPMScheduler().add_noise(batch["pixel_values"], batch["noise"], batch["timesteps"])
+        assert given.dtype == torch.float32 and torch.equal(given, wanted)
+    tensors = everything(out / "checkpoint-4") | weights(out)
+    assert {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()} == {torch.float32}
+    assert not all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in weights(out).values())
+
+
+def test_pictures_are_learned(train):
+    """Some dozens of steps lower the loss on held-out pictures, which are not trained on."""
+    flags = ("--validation_samples", 2, "--validation_steps", 80, "--max_train_steps", 80, "--learning_rate", 5e-3)
+    out = train("out", *flags)
+    (first, before), (last, after) = metrics(out, "validation_loss")
+    assert (first, last) == (0, 80) and after < 0.6 * before
+
+
+@pytest.mark.parametrize("flag", ["--gradient_checkpointing", "--enable_xformers_memory_efficient_attention"])
+def test_savings_change_nothing(train, flag):
+    """What saves memory or time changes the losses by rounding at most."""
+    plain, saving = train("plain"), train("saving", flag)
+    assert metrics(saving, "loss") == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in metrics(plain, "loss")]
+
+
+def test_accumulation_is_a_larger_batch(train, config):
+    """Two batches of one are one of two; a step logs one loss and one rate, and the schedule ends (defects 7, 22)."""
+    one = train("one", "--train_batch_size", 1, "--gradient_accumulation_steps", 2)
+    two = train("two", "--train_batch_size", 2)
+    assert metrics(one, "loss") == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in metrics(two, "loss")]
+    assert metrics(one, "lr") == [(i + 1, pytest.approx(1e-3 * cosine(i, 0, 4))) for i in range(4)]
+    torch.manual_seed(1)
+    UNet2DModel.from_config(UNET).save_pretrained(one.with_name("start") / "unet")
+    assert drift(one, two, one.with_name("start")) < 1e-3
+
+
+def test_a_seed_draws_the_weights(train):
+    """New weights are a function of the seed, whatever its size and whatever was drawn before."""
+    first = train("first", "--seed", 2**70, *STILL)
+    torch.manual_seed(5)
+    assert same(weights(first), weights(train("again", "--seed", 2**70, *STILL)))
+    assert not same(weights(first), weights(train("other", "--seed", 4, *STILL)))
+
+
+def test_no_seed(train, config, pictures, tmp_path):
+    """A run that is given no seed is repeated by the one that it drew."""
+    flags = flags_of(config, pictures, tmp_path / "drawn")
+    i = flags.index("--seed")
+    run(script, *flags[:i], *flags[i + 2 :])
+    drawn = yaml.safe_load((tmp_path / "drawn" / "train_args.yaml").read_text())["seed"]
+    assert same(weights(tmp_path / "drawn"), weights(train("given", "--seed", drawn)))
+
+
+# Models
+
+
+def test_a_new_unet_by_default(pictures):
+    """Without a base and a config, the UNet is the one of the documented commands."""
+    with torch.device("meta"):
+        unet = script.new_unet(script.parse_args(["--train_data_dir", str(pictures)]))
+    assert sum(parameter.numel() for parameter in unet.parameters()) == 113_673_219
+    assert unet.config.block_out_channels == (128, 128, 256, 256, 512, 512)
+    assert [kind.startswith("Attn") for kind in unet.config.down_block_types] == [False] * 4 + [True, False]
+    assert [kind.startswith("Attn") for kind in unet.config.up_block_types] == [False, True] + [False] * 4
+
+
+def test_a_config_by_its_file(train, config):
+    """A config may be given by its folder or as the file itself."""
+    by_file = train("file", "--model_config_name_or_path", config / "config.json")
+    assert same(weights(by_file), weights(train("folder")))
+
+
+def test_a_pipeline_as_base(train, base):
+    """A base's weights and noise schedule are taken, whatever its scheduler's class; flags win over its schedule."""
+    out = train("out", "--pretrained_model_name_or_path", base, *STILL)
+    assert same(weights(out), weights(base))
+    saved = DDPMPipeline.from_pretrained(out)
+    assert isinstance(saved.scheduler, DDPMScheduler) and saved.unet.config._name_or_path != str(base)
+    shown = ("num_train_timesteps", "beta_schedule", "prediction_type")
+    assert [saved.scheduler.config[name] for name in shown] == [100, "squaredcos_cap_v2", "v_prediction"]
+    flags = ("--ddpm_num_steps", 50, "--ddpm_beta_schedule", "linear", "--prediction_type", "sample")
+    bent = DDPMPipeline.from_pretrained(train("bent", "--pretrained_model_name_or_path", base, *STILL, *flags))
+    assert [bent.scheduler.config[name] for name in shown] == [50, "linear", "sample"]
+    assert str(base) not in "".join(file.read_text() for file in out.glob("*/*.json"))
+
+
+def test_a_unet_as_base(train, base, tmp_path):
+    """A checkpoint's average is a base too; its schedule is the usual one."""
+    out = train("out", "--pretrained_model_name_or_path", base, "--use_ema", "--checkpointing_steps", 2)
+    average = out / "checkpoint-2" / "unet_ema"
+    again = train("again", "--pretrained_model_name_or_path", average, *STILL)
+    assert same(weights(again / "unet"), weights(average))
+    assert DDPMPipeline.from_pretrained(again).scheduler.config.num_train_timesteps == 1000
+
+
+def test_a_base_of_fp16_files_only(train, base, tmp_path):
+    """Files in half precision load without being asked for, and train in float32."""
+    half = DDPMPipeline.from_pretrained(base).to(torch.float16)
+    half.save_pretrained(tmp_path / "half", variant="fp16")
+    found = train("found", "--pretrained_model_name_or_path", tmp_path / "half")
+    named = train("named", "--pretrained_model_name_or_path", tmp_path / "half", "--variant", "fp16")
+    assert same(weights(found), weights(named))
+    assert {tensor.dtype for tensor in weights(found).values()} == {torch.float32}
+
+
+def test_unusable_models_are_refused(train, tiny_model, base, tmp_path):
+    """What is no UNet of three channels without classes is refused in a sentence, before anything is written."""
+
+    def refused(message, *flags):
+        with pytest.raises(SystemExit, match=message):
+            train("refused", *flags)
+        assert not (tmp_path / "refused").exists()
+
+    refused("no unconditional model", "--pretrained_model_name_or_path", tiny_model)
+    refused("UNet2DConditionModel", "--model_config_name_or_path", tiny_model / "unet")
+    wrong = {
+        "channels": {"in_channels": 1, "out_channels": 1},
+        "classes": {"num_class_embeds": 10},
+        "chanels": {"block_out_chanels": [8, 16]},
+        "NoBlock": {"down_block_types": ["NoBlock", "AttnDownBlock2D"]},
+        "no UNet2DModel": {"norm_num_groups": 7},
+    }
+    for i, (message, change) in enumerate(wrong.items()):
+        refused(message, "--model_config_name_or_path", write_config(tmp_path / str(i), **change))
+    (tmp_path / "torn.json").write_text("{")
+    refused("torn.json", "--model_config_name_or_path", tmp_path / "torn.json")
+    deep = {
+        "block_out_channels": [8] * 5,
+        "down_block_types": ["DownBlock2D"] * 5,
+        "up_block_types": ["UpBlock2D"] * 5,
+    }
+    deep = write_config(tmp_path / "deep", **deep)
+    refused("multiple of 16", "--model_config_name_or_path", deep, "--resolution", 24)
+    pickles = shutil.copytree(base, tmp_path / "pickles")
+    (file,) = (pickles / "unet").glob("*.safetensors")
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    refused("safetensors", "--pretrained_model_name_or_path", pickles)
+
+
+# Data
+
+
+def test_captions_do_not_matter(train, pictures, tmp_path):
+    """Neither metadata nor .txt files are read: a folder of nothing but pictures gives the same weights."""
+    plain, torn = tmp_path / "plain", tmp_path / "torn"
+    for folder in (plain, torn):
+        shutil.copytree(pictures, folder)
+        (folder / "metadata.jsonl").unlink()
+    (torn / "metadata.jsonl").write_text('{"file_name": "not there.png"}\n{')
+    (torn / "000.txt").write_bytes(b"\xff")
+    wanted = weights(train("wanted"))
+    for folder in (plain, torn):
+        assert same(weights(train(f"of-{folder.name}", "--train_data_dir", folder)), wanted)
+
+
+def test_parquet_with_another_column(train, pictures, tmp_path):
+    """Rows of a parquet file train as the same pictures in a folder do; a wrong column is refused by its flag."""
+    files = sorted(file for file in pictures.iterdir() if file.suffix != ".jsonl")
+    rows = {"scan": [{"bytes": file.read_bytes(), "path": None} for file in files]}
+    (tmp_path / "rows").mkdir()
+    table = datasets.Dataset.from_dict(rows, features=datasets.Features({"scan": datasets.Image()}))
+    table.to_parquet(tmp_path / "rows" / "train.parquet")
+    data = ("--train_data_dir", tmp_path / "rows")
+    assert same(weights(train("parquet", *data, "--image_column", "scan")), weights(train("folder")))
+    with pytest.raises(SystemExit, match="--image_column image is not among .* scan"):
+        train("wrong", *data)
+
+
+@pytest.mark.parametrize("kind", ["16-bit", "float"])
+def test_fine_grey_keeps_its_precision(config, tmp_path, kind):
+    """Grey of 16 bits or of floats reaches the UNet in steps finer than 8 bits, in three equal channels."""
+    grey = np.linspace(0.2, 0.21, 256).reshape(16, 16)  # within three levels of 8 bits
+    if kind == "16-bit":
+        Image.fromarray((grey * 65535).round().astype(np.uint16)).save(tmp_path / "fine.png")
+    else:
+        Image.fromarray(grey.astype(np.float32)).save(tmp_path / "fine.tiff")
+    args = script.parse_args(flags_of(config, tmp_path, "unused", "--preserve_input_precision"))
+    (record,) = script.read_records(args)
+    samples = script.Samples(args, [record | {"size": (16, 16), "digest": ""}], 0, (3, 16, 16), 1000)
+    pixels = samples[0, 0]["pixel_values"]
+    assert pixels.shape == (3, 16, 16) and torch.equal(pixels[0], pixels[1]) and torch.equal(pixels[0], pixels[2])
+    np.testing.assert_allclose(pixels[0], 2 * grey - 1, atol=2e-5)
+    assert len(pixels[0].unique()) > 200
+
+
+# What a run leaves
+
+
+def test_grids(train, config):
+    """A grid holds --eval_batch_size pictures, each by its own seed, and comes every so many epochs (defect 64)."""
+    flags = ("--eval_batch_size", 3, "--save_images_epochs", 2, "--train_batch_size", 3, "--max_train_steps", 6)
+    out = train("out", *flags, "--use_ema", "--ddpm_num_inference_steps", 4)
+    assert sorted(file.name for file in (out / "samples").iterdir()) == [f"step-00000{step}.png" for step in (0, 4, 6)]
+    grid = np.asarray(Image.open(out / "samples" / "step-000006.png"))
+    assert grid.shape == (16, 48, 3)
+    pipeline = DDPMPipeline.from_pretrained(out)
+    pipeline.set_progress_bar_config(disable=True)
+    for i in range(3):
+        image = pipeline(generator=torch.Generator().manual_seed(i), num_inference_steps=4).images[0]
+        assert np.array_equal(np.asarray(image), grid[:, 16 * i : 16 * i + 16])
+    assert not list((train("none") / "samples").iterdir())
+    usual = train("usual", "--eval_batch_size", 1, "--max_train_samples", 2, "--max_train_steps", 12)
+    assert sorted(file.name for file in (usual / "samples").iterdir()) == [f"step-{i:06d}.png" for i in (0, 10, 12)]
+
+
+def test_few_timesteps(train, tmp_path, monkeypatch):
+    """A schedule of fewer timesteps than the pictures' steps is sampled at all of them, and the card says so."""
+    out = train("out", "--ddpm_num_steps", 3, "--ddpm_num_inference_steps", 50, "--eval_batch_size", 1)
+    card = (out / "README.md").read_text()
+    assert "num_inference_steps=3)" in card and "licence" not in card and "pipeline_tag: unconditional" in card
+    code = card.split("```python\n")[1].split("```")[0].replace("'out'", repr(str(out)))
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert Image.open(tmp_path / "picture.png").size == (16, 16)
+
+
+def test_what_is_published(train, base):
+    """All that the result needs is uploaded, and nothing else; a base's licence is mentioned."""
+    flags = ("--checkpointing_steps", 2, "--eval_batch_size", 1, "--use_ema", "--mixed_precision", "bf16")
+    out = train("out", "--pretrained_model_name_or_path", base, *flags)
+    files = [file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file()]
+    sent = {file for file in files if any(fnmatch(file, pattern) for pattern in script.PUBLISHED)}
+    wanted = {"README.md", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json"}
+    wanted |= {"unet/diffusion_pytorch_model.safetensors", "samples/step-000000.png", "samples/step-000004.png"}
+    assert sent == wanted
+    assert "The base model's licence applies." in (out / "README.md").read_text()
+
+
+def test_the_pipeline_is_written_every_few_epochs(train, monkeypatch):
+    """--save_model_epochs writes the average so far as a pipeline, and changes no weight of the run."""
+    saved, original = [], script.save_model
+
+    def saving(args, models):
+        original(args, models)
+        saved.append(weights(args.output_dir))
+
+    monkeypatch.setattr(script, "save_model", saving)
+    flags = ("--train_batch_size", 3, "--max_train_steps", 5, "--use_ema", "--checkpointing_steps", 1)
+    often = train("often", *flags, "--save_model_epochs", 1)  # of two steps
+    assert len(saved) == 3
+    for step, tensors in zip((2, 4, 5), saved):
+        average = weights(often / f"checkpoint-{step}" / "unet_ema")
+        assert all(torch.equal(tensors[f"unet/{name}"], tensor) for name, tensor in average.items())
+    saved.clear()
+    assert same(weights(train("rarely", *flags)), weights(often)) and len(saved) == 1
+
+
+def test_a_diverging_run_leaves_the_last_good_pipeline(train, tmp_path, monkeypatch):
+    """Weights that are no numbers are not written as a pipeline, though their loss is only read a step later."""
+    original = script.compute_loss
+
+    def diverging(models, batch, args):
+        return {"loss": original(models, batch, args)["loss"] * (math.nan if len(steps) == 3 else 1)}
+
+    steps, prepare = [], script.after_step
+
+    def counting(accelerator, args, models, state):
+        prepare(accelerator, args, models, state)
+        steps.append(state.global_step)
+
+    monkeypatch.setattr(script, "compute_loss", diverging)
+    monkeypatch.setattr(script, "after_step", counting)
+    with pytest.raises(SystemExit, match="Step 4 "):
+        train("out", "--train_batch_size", 3, "--save_model_epochs", 1, "--max_train_steps", 6)
+    assert 4 in steps  # the pipeline was due
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out" / "unet").values())
+
+
+def test_a_checkpoint_and_the_result_load_in_diffusers(train):
+    """The weights, their average and the pipeline load as they are, and the pipeline has the average."""
+    out = train("out", "--use_ema", "--checkpointing_steps", 4, "--prediction_type", "sample")
+    parts = [UNet2DModel.from_pretrained(out / "checkpoint-4" / name) for name in ("unet", "unet_ema")]
+    unet, average = (dict(part.named_parameters()) for part in parts)
+    pipeline = DDPMPipeline.from_pretrained(out)
+    assert same(average, dict(pipeline.unet.named_parameters())) and not same(unet, average)
+    assert pipeline.scheduler.config.prediction_type == "sample"
+    assert pipeline(num_inference_steps=2).images[0].size == (16, 16)
+
+
+# Arguments
+
+
+# The flags of the commands in diffusers' guide and README for this method, under the values that they have there.
+FLOWERS = "--dataset_name=huggan/flowers-102-categories --output_dir=ddpm-ema-flowers-64"
+POKEMON = "--dataset_name=huggan/pokemon --output_dir=ddpm-ema-pokemon-64"
+USUAL = "--resolution=64 --center_crop --random_flip --train_batch_size=16 --num_epochs=100 --use_ema"
+USUAL += " --gradient_accumulation_steps=1 --learning_rate=1e-4 --lr_warmup_steps=500"
+DOCUMENTED = [
+    "--mixed_precision=bf16",
+    f"{FLOWERS} --mixed_precision=fp16 --push_to_hub",
+    f"{FLOWERS} {USUAL} --mixed_precision=no --push_to_hub",
+    f"{POKEMON} {USUAL} --mixed_precision=no --push_to_hub",
+    f"{POKEMON} {USUAL} --mixed_precision=fp16 --logger=wandb",
+    "--train_data_dir {data} --preserve_input_precision",
+]
+
+
+@pytest.mark.parametrize("command", DOCUMENTED)
+def test_documented_commands_parse(command, pictures):
+    """Every documented command is taken; the one that names no data is a fragment, and takes some."""
+    flags = command.format(data=pictures).split()
+    flags += [] if "data" in command else ["--train_data_dir", str(pictures)]
+    args = script.parse_args(flags)
+    for flag in flags:
+        name, _, value = flag.removeprefix("--").partition("=")
+        name = {"num_epochs": "num_train_epochs", "logger": "report_to"}.get(name, name)
+        if value:
+            kind = type(getattr(args, name))
+            assert getattr(args, name) == kind(value)
+
+
+BAD = [
+    ("--resolution 20", "multiple of 8"),
+    ("--prediction_type x", "prediction_type"),
+    ("--ddpm_beta_schedule steep", "ddpm_beta_schedule"),
+    ("--ddpm_num_steps 0", "ddpm_num_steps"),
+    ("--ddpm_num_inference_steps 0", "ddpm_num_inference_steps"),
+    ("--ema_inv_gamma 0", "ema_inv_gamma"),
+    ("--ema_power -1", "ema_power"),
+    ("--ema_max_decay 1.5", "ema_max_decay"),
+    ("--eval_batch_size -1", "eval_batch_size"),
+    ("--save_model_epochs -1", "save_model_epochs"),
+    ("--save_images_epochs 2 --validation_steps 5", "not both"),
+    ("--pretrained_model_name_or_path a/b --model_config_name_or_path c/d", "not both"),
+    ("--pretrained_model_name_or_path ./nowhere", "--pretrained_model_name_or_path ./nowhere"),
+    ("--model_config_name_or_path ./nowhere.json", "--model_config_name_or_path ./nowhere.json"),
+    ("--dataset_name a/b", "either"),
+    ("--train_data_dir ./nowhere", "--train_data_dir ./nowhere"),
+    ("--resume_from_checkpoint nowhere", "--resume_from_checkpoint nowhere"),
+    ("--overwrite_output_dir --resume_from_checkpoint latest", "not both"),
+    ("--local_rank 0", "environment"),
+    ("--validation_prompts cat", "unrecognized"),
+]
+
+
+@pytest.mark.parametrize("flags, message", BAD)
+def test_bad_flags(flags, message, pictures, capsys):
+    """What is wrong with a flag is said in a sentence that names it."""
+    with pytest.raises(SystemExit) as end:
+        script.parse_args(["--train_data_dir", str(pictures), *flags.split()])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and message in said
+
+
+# Stopping and going on
+
+
+def test_resuming_is_exact_at_every_step(train, dropout_config, wide_pictures):
+    """Whatever step a run is resumed at, it ends with the same bits of weights, average, optimizer and log."""
+    flags = ("--model_config_name_or_path", dropout_config, "--train_data_dir", wide_pictures)
+    flags += (*RICH, "--max_train_steps", 6, "--validation_steps", 2)
+    whole = train("whole", *flags)
+    assert len({loss for _, loss in metrics(whole, "loss")}) == 6
+    for step in (1, 2, 3, 4, 5):
+        begun = whole.with_name(f"from-{step}") / f"checkpoint-{step}"
+        shutil.copytree(whole / begun.name, begun)
+        resumed = train(begun.parent.name, *flags, "--resume_from_checkpoint", "latest")
+        for later in range(step + 1, 7):
+            name = f"checkpoint-{later}"
+            assert same(everything(resumed / name), everything(whole / name)), f"{name}, resumed at step {step}"
+        assert logged(resumed) == logged(whole), f"resumed at step {step}"
+        assert same(weights(resumed / "unet"), weights(whole / "unet")), f"resumed at step {step}"
+
+
+def test_dropout_draws(train, config, dropout_config):
+    """Dropout is on while training, or the test above would prove less than it says."""
+    assert metrics(train("with", "--model_config_name_or_path", dropout_config), "loss") != metrics(
+        train("without"), "loss"
+    )
+
+
+def test_another_run_is_not_resumed(train, config, dropout_config, base, pictures, tmp_path):
+    """Another model, schedule, prediction or data set is refused; a new model does not depend on its weights."""
+    out = train("out", "--checkpointing_steps", 2)
+    data = make_pictures(tmp_path / "data", count=5)
+    other = {
+        "base model": [("--model_config_name_or_path", dropout_config), ("--pretrained_model_name_or_path", base)],
+        "noise schedule": [("--ddpm_num_steps", 900), ("--ddpm_beta_schedule", "sigmoid")],
+        "prediction type": [("--prediction_type", "v_prediction")],
+        "data set": [("--train_data_dir", data)],
+    }
+    for what, changes in other.items():
+        for change in changes:
+            with pytest.raises(SystemExit, match=f"another {what}"):
+                train("out", *change, "--resume_from_checkpoint", "latest")
+    trained = shutil.copytree(base, tmp_path / "trained")
+    begun = train("begun", "--pretrained_model_name_or_path", trained, "--checkpointing_steps", 2)
+    shutil.copytree(begun / "unet", trained / "unet", dirs_exist_ok=True)
+    with pytest.raises(SystemExit, match="another base model"):
+        train("begun", "--pretrained_model_name_or_path", trained, "--resume_from_checkpoint", "latest")
+    assert whole_checkpoints(out) == [2, 4]
+
+
+@pytest.fixture(scope="module")
+def server():
+    """The server that runs are forked from."""
+    forked.start_server(SCRIPT)
+
+
+@pytest.fixture
+def start(server, tmp_path):
+    """Starts processes of the script that do not outlive the test."""
+    runs = []
+
+    def begin(arguments, environment=None, **options):
+        runs.append(forked.fork(SCRIPT, arguments, tmp_path / f"{len(runs)}.log", environment=environment, **options))
+        return runs[-1]
+
+    yield begin
+    for process in runs:
+        process.end()
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM"])
+def test_a_stopped_process_goes_on_exactly(how, start, train, dropout_config, wide_pictures, tmp_path):
+    """A run that is killed as it writes, or told to stop, ends by the same command as if it had never stopped."""
+    out = tmp_path / "out"
+    steps = ("--max_train_steps", 9)
+    if how == "SIGTERM":
+        steps = ("--max_train_steps", 2000, "--checkpointing_steps", 1000, "--lr_scheduler", "constant_with_warmup")
+    flags = (*RICH, "--save_model_epochs", 1, *steps, "--resume_from_checkpoint", "latest")
+    command = flags_of(dropout_config, wide_pictures, out, *flags)
+    if how == "SIGKILL":
+        process = start(command, watched=out, trigger=(r"checkpoint-\d+", 30, ("kill", 0)))
+        assert process.wait() == -signal.SIGKILL
+        assert whole_checkpoints(out) and litter(out)
+    else:
+        process = start(command)
+        process.until(lambda: rows(out) >= 3)
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(30) == 143, process.output()
+        command += ["--max_train_steps", str(max(whole_checkpoints(out)) + 2), "--checkpointing_steps", "1"]
+    assert start(command).wait() == 0
+    last = max(whole_checkpoints(out))
+    flags = ("--model_config_name_or_path", dropout_config, "--train_data_dir", wide_pictures, *RICH)
+    whole = train("whole", *flags, *steps, "--max_train_steps", last, "--checkpointing_steps", 1)
+    assert_equal(out / f"checkpoint-{last}", whole / f"checkpoint-{last}")
+    assert same(weights(out / "unet"), weights(whole / "unet")) and logged(out) == logged(whole)
+    assert all(is_whole(path) for path in out.glob("checkpoint-*")) and litter(out) == []
+
+
+@pytest.mark.launch
+def test_two_processes_are_one(start, train, config, wide_pictures, tmp_path):
+    """Two processes train as one does, each with noise of its own, and by the same schedule (defects 8 and 9)."""
+    flags = ("--train_data_dir", wide_pictures, *RICH, "--max_train_steps", 4, "--validation_steps", 2)
+    flags += ("--eval_batch_size", 2, "--save_model_epochs", 1)
+    one = train("one", *flags, "--train_batch_size", 2)
+    two = tmp_path / "two"
+    ranks = start_ranks(start, flags_of(config, wide_pictures, two, *flags), 2)
+    assert [process.wait() for process in ranks] == [0, 0], ranks[0].output() + ranks[1].output()
+    for name in ("loss", "grad_norm", "lr", "validation_loss"):
+        assert metrics(two, name) == [(step, pytest.approx(value, rel=1e-4)) for step, value in metrics(one, name)]
+    torch.manual_seed(1)
+    UNet2DModel.from_config(UNET).save_pretrained(tmp_path / "start" / "unet")
+    assert drift(one, two, tmp_path / "start") < 1e-3
+    assert sorted(file.name for file in (two / "samples").iterdir()) == [f"step-00000{step}.png" for step in (0, 2, 4)]
