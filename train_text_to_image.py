@@ -95,7 +95,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("data").add_argument
     add("--dataset_name", help="a data set on the Hub, or whatever else datasets.load_dataset takes")
     add("--dataset_config_name", help="configuration of that data set")
-    add("--train_data_dir", help="folder of pictures with metadata.jsonl, .csv or .txt captions, or of parquet files")
+    add("--train_data_dir", help="folder of pictures (with metadata.jsonl, .csv or .txt captions, or parquet files)")
     add("--image_column", default="image", help="column of the pictures (Hub and parquet)")
     add("--caption_column", default="text", help="column of the captions, each a string or a list to draw from")
     add("--max_train_samples", type=positive_int, help="train on so many pictures, drawn by the seed")
@@ -1071,8 +1071,9 @@ def make_accelerator(args):
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=Path(args.output_dir, args.logging_dir),
-        # Otherwise DDP sorts its buckets anew after a first step, and a resumed run adds up in another order.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        # Otherwise DDP sorts its buckets anew after a first step, and a resumed run adds up in another order; and it
+        # would wait in a forward pass of the validation, which not every rank needs to take, to copy buffers.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
     )
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
         raise SystemExit(

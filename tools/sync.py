@@ -112,7 +112,7 @@ HOOKS = {
     "run",
 }
 # Names of one script only: {"train_lora.py": {"name", ...}, ...}
-PRIVATE = {}
+PRIVATE = {"textual_inversion.py": {"CAPTIONS", "word_tokens", "captions_of", "Embeddings", "learned_embeds"}}
 
 ROOT = Path(__file__).resolve().parent.parent
 
