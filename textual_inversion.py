@@ -59,7 +59,6 @@ def bounded(text, kind, low, high=math.inf):
 positive_int = functools.partial(bounded, kind=int, low=1)
 natural_int = functools.partial(bounded, kind=int, low=0)
 non_negative = functools.partial(bounded, kind=float, low=0.0)
-fraction = functools.partial(bounded, kind=float, low=0.0, high=1.0)
 below_one = functools.partial(bounded, kind=float, low=0.0, high=0.999999)
 switch = {"action": argparse.BooleanOptionalAction, "default": False}
 
@@ -235,42 +234,23 @@ SMALL_SET = 10_000  # latents, of 131 kB at 512 x 512, that are kept even if thi
 VALIDATION_DRAWS = 4  # noises and timesteps for each held-out picture
 # What is uploaded: no checkpoints, no logs, no arguments with their local paths.
 PUBLISHED = (
-    "README.md learned_embeds*.safetensors samples/* "
-    "model_index.json unet/* vae/* text_encoder/* tokenizer/* scheduler/*"
-).split()
+    "README.md learned_embeds* model_index.json samples/* unet/* vae/* text_encoder/* tokenizer/* scheduler/*".split()
+)
 STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1"} & {*dir(signal)}
 CARD = {"pipeline_tag": "text-to-image", "tags": ["stable-diffusion", "textual_inversion"]}
 UNSAVED = {"config", "hub_token", "overwrite_output_dir", "resume_from_checkpoint"}
 # What the pictures are said to be, with the new word for {}.
 CAPTIONS = {
-    "object": [
-        "{}",
-        "a {}",
-        "a picture of {}",
-        "a snapshot of one {}",
-        "a {} seen up close",
-        "this {} in plain daylight",
-        "a portrait of the {}",
-        "my {} in the middle of the frame",
-        "an everyday view of {}",
-        "here is the {}",
-        "a sharp image of {}",
-        "{} and nothing else",
-    ],
-    "style": [
-        "{}",
-        "{} style",
-        "a picture in the style of {}",
-        "a scene as {} would paint it",
-        "an image with the look of {}",
-        "a landscape made in {} style",
-        "a study after {}",
-        "sketches in the manner of {}",
-        "a portrait the way {} does it",
-        "an illustration that resembles {}",
-        "shapes and colours of {}",
-        "artwork like {}",
-    ],
+    "object": (
+        "{} | a {} | a picture of {} | a snapshot of one {} | a {} seen up close | this {} in plain daylight | "
+        "a portrait of the {} | my {} in the middle of the frame | an everyday view of {} | here is the {} | "
+        "a sharp image of {} | {} and nothing else"
+    ).split(" | "),
+    "style": (
+        "{} | {} style | a picture in the style of {} | a scene as {} would paint it | an image with the look of {} | "
+        "a landscape made in {} style | a study after {} | sketches in the manner of {} | artwork like {} | "
+        "a portrait the way {} does it | an illustration that resembles {} | shapes and colours of {}"
+    ).split(" | "),
 }
 
 
@@ -530,30 +510,22 @@ class Embeddings(torch.nn.Module):
 def load_models(args):
     """Loads the base model, all of it frozen, and adds the new tokens to its tokenizer and its text encoder."""
     models = name_parts(load_pipeline(args))
-    models.unet_digest, models.ema_unet, models.placeholder_token = (
-        weights_digest(models.unet),
-        None,
-        word_tokens(args)[0],
-    )
-    tokenizer, text_encoder = models.tokenizers[0], models.text_encoders[0]
-    tokens, word = word_tokens(args), args.placeholder_token
+    models.unet_digest, models.ema_unet = weights_digest(models.unet), None
+    (tokenizer,), (text_encoder,) = models.tokenizers, models.text_encoders
+    word, tokens = args.placeholder_token, word_tokens(args)
     if len(tokenizer.tokenize(word)) == 1 or {*tokens} & {*tokenizer.get_vocab()}:
-        raise SystemExit(
-            f"--placeholder_token {word} is known to the base model: take a new word, such as <new-{word}>."
-        )
+        raise SystemExit(f"--placeholder_token {word} is known to the base model: take another, such as <my-{word}>.")
     start = tokenizer(args.initializer_token, add_special_tokens=False).input_ids
     if not start or {*start} & {*tokenizer.all_special_ids}:
-        raise SystemExit(
-            f"--initializer_token {args.initializer_token!r} has no token in the base model's vocabulary."
-        )
+        raise SystemExit(f"--initializer_token {args.initializer_token!r} has no token in the base model's tokenizer.")
     first, table = len(tokenizer), text_encoder.get_input_embeddings()
     tokenizer.add_tokens(tokens)
     excess = max(len(tokenizer(caption).input_ids) for caption in captions_of(args)) - tokenizer.model_max_length
     if excess > 0:
         raise SystemExit(f"--num_vectors {args.num_vectors} is {excess} more than fit into the longest caption.")
-    rows = table.weight[[start[i % len(start)] for i in range(args.num_vectors)]]
-    text_encoder.embeddings.token_embedding = Embeddings(table, first, rows.clone())
-    models.trained, models.params_to_optimize = [text_encoder], [text_encoder.embeddings.token_embedding.rows]
+    embeddings = Embeddings(table, first, table.weight[[start[i % len(start)] for i in range(len(tokens))]])
+    models.placeholder_token, text_encoder.embeddings.token_embedding = word, embeddings
+    models.trained, models.params_to_optimize = [text_encoder], [embeddings.rows]
     return models
 
 
@@ -1289,8 +1261,7 @@ def run(accelerator, args, stop):
     records, held_out_records = split_records(args, records, state.seed)
     total = total_batch_size(accelerator, args)
     steps_per_epoch = math.ceil(len(records) * args.repeats / total)
-    by_epochs = args.num_train_epochs and args.num_train_epochs * steps_per_epoch
-    args.max_train_steps = args.max_train_steps or by_epochs or 5000
+    args.max_train_steps = args.max_train_steps or (args.num_train_epochs or 0) * steps_per_epoch or 5000
     keys_of = functools.partial(step_keys, total_batch_size=total, size=len(records), seed=state.seed)
 
     # Models.
@@ -1306,8 +1277,7 @@ def run(accelerator, args, stop):
         "--use_8bit_adam": args.use_8bit_adam,
     }
     check_resumed(accelerator, args, state, identity)
-    by_epochs = args.validation_epochs and args.validation_epochs * steps_per_epoch
-    args.validation_steps = args.validation_steps or by_epochs or 100
+    args.validation_steps = args.validation_steps or (args.validation_epochs or 0) * steps_per_epoch or 100
 
     # What the frozen ones make of the data.
     side = args.resolution // 2 ** (len(models.vae.config.block_out_channels) - 1)

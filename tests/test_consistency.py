@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import functools
 import importlib
 import os
 import re
@@ -24,7 +25,7 @@ BUDGETS = {
     "train_text_to_image.py": 1145,
     "train_lora.py": 1180,
     "train_dreambooth.py": 1160,
-    "textual_inversion.py": 1100,
+    "textual_inversion.py": 1125,
     "train_unconditional.py": 980,
 }
 # One name of every section, in the order of the sections.
@@ -50,6 +51,7 @@ DEFAULTS = {
     "--num_train_epochs": {"textual_inversion.py": None},
     "--output_dir": {"textual_inversion.py": "text-inversion-model"},
     "--random_flip": {"textual_inversion.py": True},
+    "--no-random_flip": {"textual_inversion.py": True},
     "--tracker_project_name": {"textual_inversion.py": "textual_inversion"},
 }
 
@@ -234,6 +236,8 @@ def parser_of(script, monkeypatch):
 
 def kind_of(function):
     """What tells one converter from another: its name, and the values that it was made with."""
+    if isinstance(function, functools.partial):
+        return kind_of(function.func), sorted(function.keywords.items(), key=str)
     cells = getattr(function, "__closure__", None) or ()
     return getattr(function, "__qualname__", repr(function)), [str(cell.cell_contents) for cell in cells]
 
