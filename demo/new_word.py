@@ -33,7 +33,7 @@ WITHOUT = ["a red circle on a white background", "a yellow star on a blue backgr
 
 def draw(pipeline: StableDiffusionPipeline, prompts: list[str], side: int) -> list[Image.Image]:
     """Draws one picture a prompt; prompt i always starts from the noise of seed i."""
-    settings = {"height": side, "width": side, "num_inference_steps": 25}
+    settings = {"height": side, "width": side, "num_inference_steps": 25, "guidance_scale": 4.0}
     return [
         pipeline(prompt, generator=torch.Generator().manual_seed(i), **settings).images[0]
         for i, prompt in enumerate(tqdm(prompts, "drawing"))
