@@ -4,7 +4,7 @@ THREADS ?= $(shell $(PYTHON) -c "import os; print(min(4, os.cpu_count()))")
 LAUNCH = .venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
     --num_cpu_threads_per_process $(THREADS)
 
-.PHONY: demo demo-dreambooth demo-unconditional test test-all quality style sync clean
+.PHONY: demo demo-lora demo-dreambooth demo-textual-inversion demo-unconditional test test-all quality style sync clean
 
 demo: .venv/.installed
 	$(LAUNCH) train_text_to_image.py --config configs/demo_text_to_image.yaml --overwrite_output_dir $(DEMO_FLAGS)
@@ -19,6 +19,10 @@ demo-dreambooth: .venv/.installed
 demo-unconditional: .venv/.installed
 	$(LAUNCH) train_unconditional.py --config configs/demo_unconditional.yaml --overwrite_output_dir $(DEMO_FLAGS)
 	.venv/bin/python demo/grids.py
+
+demo-textual-inversion: .venv/.installed
+	$(LAUNCH) textual_inversion.py --config configs/demo_textual_inversion.yaml --overwrite_output_dir $(DEMO_FLAGS)
+	.venv/bin/python demo/new_word.py
 
 test: .venv/.installed-dev
 	.venv/bin/python -m pytest

@@ -122,7 +122,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("data").add_argument
     add("--dataset_name", help="a data set on the Hub, or whatever else datasets.load_dataset takes")
     add("--dataset_config_name", help="configuration of that data set")
-    add("--train_data_dir", help="folder of pictures, captions in metadata.jsonl, .csv or .txt, or of parquet files")
+    add("--train_data_dir", help="folder of pictures (with metadata.jsonl, .csv or .txt captions, or parquet files)")
     add("--instance_data_dir", help="folder of a subject's pictures, with or without captions")
     add("--instance_prompt", help="prompt of pictures that have no caption of their own")
     add("--image_column", default="image", help="column of the pictures (Hub and parquet)")

@@ -98,7 +98,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("data").add_argument
     add("--dataset_name", help="a data set on the Hub, or whatever else datasets.load_dataset takes")
     add("--dataset_config_name", help="configuration of that data set")
-    add("--train_data_dir", help="folder of pictures, captions in metadata.jsonl, .csv or .txt, or of parquet files")
+    add("--train_data_dir", help="folder of pictures (with metadata.jsonl, .csv or .txt captions, or parquet files)")
     add("--image_column", default="image", help="column of the pictures (Hub and parquet)")
     add("--caption_column", default="text", help="column of the captions, each a string or a list to draw from")
     add("--max_train_samples", type=positive_int, help="train on so many pictures, drawn by the seed")

@@ -97,7 +97,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("data").add_argument
     add("--dataset_name", help="a data set on the Hub, or whatever else datasets.load_dataset takes")
     add("--dataset_config_name", help="configuration of that data set")
-    add("--train_data_dir", help="folder of pictures, captions in metadata.jsonl, .csv or .txt, or of parquet files")
+    add("--train_data_dir", help="folder of pictures (or of parquet files; captions are not read)")
     add("--image_column", default="image", help="column of the pictures (Hub and parquet)")
     add("--max_train_samples", type=positive_int, help="train on so many pictures, drawn by the seed")
     add("--resolution", type=positive_int, default=64, help="side of the square pictures in pixels, a multiple of 8")
