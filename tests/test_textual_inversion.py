@@ -473,9 +473,16 @@ def test_words_that_cannot_be(train, tiny_model):
     }.items():
         with pytest.raises(SystemExit, match=re.escape(message)):
             train("refused", *flags)
-    # A word of which another's last vector would take the name.
-    with pytest.raises(SystemExit, match="is known"):
-        train("refused", "--pretrained_model_name_or_path", full, "--placeholder_token", f"{WORD}_2")
+    # A word whose second vector would take the name of a word that is there.
+    flags = ("--save_as_full_pipeline", "--max_train_steps", 1, "--num_vectors", 1)
+    other = train("other", *flags, "--placeholder_token", "<cow>_1")
+    with pytest.raises(SystemExit, match="<cow> is known"):
+        train("refused", "--pretrained_model_name_or_path", other, "--placeholder_token", "<cow>")
+    # A word that is one token at its end, though its letters alone are none.
+    with pytest.raises(SystemExit, match="background is known"):
+        train(
+            "refused", "--pretrained_model_name_or_path", ROOT / "demo" / "base", "--placeholder_token", "background"
+        )
     fits = 77 - max(tokens_of(caption, tiny_model) for caption in script.CAPTIONS["object"])
     train("fits", "--num_vectors", fits, "--max_train_steps", 1)
     with pytest.raises(SystemExit, match="is 1 more than fit"):
