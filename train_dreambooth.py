@@ -1173,8 +1173,6 @@ def prepare_training(accelerator, args, models):
     groups = [{"params": models.params_to_optimize, "lr": args.learning_rate}]
     optimizer = make_optimizer(accelerator, args, groups)
     *models.trained, optimizer = accelerator.prepare(*models.trained, optimizer)
-    for model in models.trained:  # ranks validate unequally often, so no forward pass may wait for the others
-        model.broadcast_buffers = False
     models.unet, *text_encoders = models.trained
     models.text_encoders = text_encoders or models.text_encoders
     return optimizer
