@@ -120,7 +120,7 @@ HOOKS = {
 }
 # Names of one script only: {"train_lora.py": {"name", ...}, ...}
 PRIVATE = {
-    "train_lora.py": {"TARGETS", "TEXT_TARGETS", "WAYS", "adapters", "file_key", "save_kohya"},
+    "train_lora.py": {"TARGETS", "WAYS", "file_key", "save_kohya"},
 }
 
 ROOT = Path(__file__).resolve().parent.parent
