@@ -4,11 +4,15 @@ THREADS ?= $(shell $(PYTHON) -c "import os; print(min(4, os.cpu_count()))")
 LAUNCH = .venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
     --num_cpu_threads_per_process $(THREADS)
 
-.PHONY: demo test test-all quality style sync clean
+.PHONY: demo demo-lora test test-all quality style sync clean
 
 demo: .venv/.installed
 	$(LAUNCH) train_text_to_image.py --config configs/demo_text_to_image.yaml --overwrite_output_dir $(DEMO_FLAGS)
 	.venv/bin/python demo/before_after.py
+
+demo-lora: .venv/.installed
+	$(LAUNCH) train_lora.py --config configs/demo_lora.yaml --overwrite_output_dir $(DEMO_FLAGS)
+	.venv/bin/python demo/lora_before_after.py
 
 test: .venv/.installed-dev
 	.venv/bin/python -m pytest
