@@ -24,6 +24,10 @@ demo-textual-inversion: .venv/.installed
 	$(LAUNCH) textual_inversion.py --config configs/demo_textual_inversion.yaml --overwrite_output_dir $(DEMO_FLAGS)
 	.venv/bin/python demo/new_word.py
 
+demo-lora: .venv/.installed
+	$(LAUNCH) train_lora.py --config configs/demo_lora.yaml --overwrite_output_dir $(DEMO_FLAGS)
+	.venv/bin/python demo/lora_before_after.py
+
 test: .venv/.installed-dev
 	.venv/bin/python -m pytest
 

@@ -46,7 +46,6 @@ DEEPFLOYD = "it is for DeepFloyd IF, which this script does not train, so leave 
 # Layers of the UNet by the names that --lora_target_modules takes; all: every linear layer and convolution.
 TARGETS = {"attention": ["to_q", "to_k", "to_v", "to_out.0"], "all": None}
 TARGETS["attention+feedforward"] = [*TARGETS["attention"], "ff.net.0.proj", "ff.net.2"]
-TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 REFUSED = {
     "--local_rank": "launchers pass the rank in the environment, so leave this flag out",
     "--tokenizer_name": "the tokenizer has to be the base model's own, so put it into that model's tokenizer folder",
@@ -661,8 +660,9 @@ def load_models(args):
     for target in targets:  # peft would pass over a wrong name beside right ones
         if not any(f".{layer}".endswith(f".{target}") for layer in layers):
             raise SystemExit(f"--lora_target_modules {target}: the UNet has no linear layer or convolution so named.")
-    for model, names in zip(models.trained, (targets, TEXT_TARGETS)):
+    for model, names in zip(models.trained, (targets, ["q_proj", "k_proj", "v_proj", "out_proj"])):
         model.add_adapter(LoraConfig(target_modules=names, **settings))
+    models.adapters = dict(zip(("unet", "text_encoder"), models.trained))  # by part, as files and pipelines name them
     models.params_to_optimize = [p for model in models.trained for p in model.parameters() if p.requires_grad]
     return models
 
@@ -955,12 +955,6 @@ def agree(folder, here, function, *arguments):
     return answers[0][0]
 
 
-def adapters(models):
-    """Returns the models that have adapters, by their part of the pipeline: "unet", "text_encoder"."""
-    parts = {"unet": models.pipeline.unet, "text_encoder": models.pipeline.text_encoder}
-    return {part: model for part, model in parts.items() if hasattr(model, "peft_config")}
-
-
 def file_key(part, key):
     """Returns the name in a file of what peft calls key: of text encoders, as it was before transformers 5.6."""
     if part == "text_encoder":
@@ -972,7 +966,7 @@ def file_key(part, key):
 def save_weights(models, folder):
     """Writes the adapters as pytorch_lora_weights.safetensors, with their settings in its metadata."""
     settings = {}
-    for part, model in adapters(models).items():
+    for part, model in models.adapters.items():
         weights = get_peft_model_state_dict(model)
         settings[f"{part}_lora_layers"] = {file_key(part, key): weights[key].contiguous() for key in weights}
         config = model.peft_config["default"].to_dict()
@@ -985,7 +979,7 @@ def save_weights(models, folder):
 def load_weights(models, folder):
     """Reads a checkpoint's adapters into those that are being trained."""
     saved = load_file(folder / "pytorch_lora_weights.safetensors")
-    for part, model in adapters(models).items():
+    for part, model in models.adapters.items():
         keys = get_peft_model_state_dict(model)
         set_peft_model_state_dict(model, {key: saved[f"{part}.{file_key(part, key)}"] for key in keys})
 
@@ -1124,7 +1118,7 @@ def save_kohya(args, models):
     """Writes the adapters under the names and with the metadata of kohya's scripts, for A1111 and ComfyUI."""
     name, tensors = Path(args.output_dir).resolve().name, {}
     alpha = (args.lora_alpha or args.rank) * (math.sqrt(args.rank) if args.use_rslora else 1)
-    for part, model in adapters(models).items():
+    for part, model in models.adapters.items():
         for key, tensor in get_peft_model_state_dict(model).items():
             layer, side = re.fullmatch(r"(.*)\.lora_([AB])\.weight", file_key(part, key)).groups()
             layer = f"{'lora_unet' if part == 'unet' else 'lora_te'}_{layer.replace('.', '_')}"
@@ -1290,13 +1284,13 @@ def prepare_training(accelerator, args, models):
     prepare_unet(accelerator, args, models.unet)
     if args.use_dora:  # whose convolutions peft views as matrices
         models.unet.to(memory_format=torch.contiguous_format)
-    groups = [{"params": [p for p in models.unet.parameters() if p.requires_grad], "lr": args.learning_rate}]
     for text_encoder in models.trained[1:]:
         text_encoder.to(accelerator.device)
         if args.gradient_checkpointing:
             text_encoder.gradient_checkpointing_enable()
-        lr = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
-        groups += [{"params": [p for p in text_encoder.parameters() if p.requires_grad], "lr": lr}]
+    rates = (args.learning_rate, args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr)
+    parameters = [[p for p in model.parameters() if p.requires_grad] for model in models.trained]
+    groups = [{"params": params, "lr": lr} for params, lr in zip(parameters, rates)]
     optimizer = make_optimizer(accelerator, args, groups)
     if args.optimizer == "prodigy":  # AdamW's groups hold the flags' values
         optimizer = Prodigy(optimizer.param_groups, use_bias_correction=True, safeguard_warmup=True)

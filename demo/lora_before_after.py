@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 
 # The subject on what it was trained on and on what it never was, and two of the base's own.
-PROMPTS = ["a sks on a blue background", "a sks on a white background", "a sks on a red background"]
+PROMPTS = ["a sks on a blue background", "a sks on a yellow background", "a sks on a red background"]
 PROMPTS += ["a red circle on a blue background", "a green square on a yellow background"]
 SIDE = 128  # pixels of a picture on the sheet
 MARGIN = 110  # for the row's name

@@ -121,7 +121,7 @@ HOOKS = {
 }
 # Names of one script only: {"train_lora.py": {"name", ...}, ...}
 PRIVATE = {
-    "train_lora.py": {"TARGETS", "TEXT_TARGETS", "WAYS", "adapters", "file_key", "save_kohya"},
+    "train_lora.py": {"TARGETS", "WAYS", "file_key", "save_kohya"},
     "textual_inversion.py": {"CAPTIONS", "word_tokens", "captions_of", "Embeddings", "learned_embeds"},
     "train_unconditional.py": {"NEW_UNET", "load_base", "new_unet"},
 }
