@@ -61,7 +61,7 @@ def main(output_dir: str) -> None:
             sheet.paste(image.resize((SIDE - 4, SIDE - 4), Image.Resampling.LANCZOS), place)
     for column, prompt in enumerate(PROMPTS):
         place = (MARGIN + SIDE * column + SIDE // 2, 4)
-        pen.text(place, textwrap.fill(prompt, 18), "black", ImageFont.load_default(14), "ma", align="center")
+        pen.text(place, textwrap.fill(prompt, 19), "black", ImageFont.load_default(14), "ma", align="center")
     picture = Path(output_dir, "before_after.png")
     sheet.save(picture)
     metrics = map(json.loads, Path(output_dir, args["logging_dir"], "metrics.jsonl").read_text().splitlines())
