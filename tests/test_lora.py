@@ -1,5 +1,6 @@
 """What train_lora.py does of its own: adapters and their arithmetic, their two files, its flags, stops and resumes."""
 
+import inspect
 import json
 import math
 import operator
@@ -23,6 +24,7 @@ from safetensors.torch import load_file
 from test_exact import flat, logged
 from torch.nn.utils import parametrize
 
+import train_dreambooth
 import train_lora as script
 
 
@@ -573,6 +575,11 @@ def test_captions_of_a_subject(tiny_model, tmp_path, hub):
         assert captions_of(tiny_model, *source, *prompt) == [["a sks"]] * 3
     with pytest.raises(SystemExit, match="--caption_column wrong is not among"):
         captions_of(tiny_model, "--dataset_name", "me/subject", *prompt, "--caption_column", "wrong")
+
+
+def test_the_loss_is_that_of_dreambooth():
+    """The loss is DreamBooth's word for word, which test_dreambooth.py computes by hand."""
+    assert inspect.getsource(script.compute_loss) == inspect.getsource(train_dreambooth.compute_loss)
 
 
 def test_prior_preservation(train, pictures, tmp_path):
