@@ -22,6 +22,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_exact import flat, logged
+from test_stop import start_ranks
 from torch.nn.utils import parametrize
 
 import train_dreambooth
@@ -447,29 +448,19 @@ def test_other_adapters_are_refused(train, flags):
         train("out", *flags.split(), "--resume_from_checkpoint", "latest")
 
 
+@pytest.fixture(scope="module")
+def server():
+    """The server that runs are forked from."""
+    forked.start_server("train_lora", "train_text_to_image")
+
+
 @pytest.mark.launch
-def test_stops_and_kills(tiny_model, pictures, tmp_path):
+def test_stops_and_kills(server, tiny_model, pictures, tmp_path):
     """A SIGTERM ends with 143 and a checkpoint, a kill -9 leaves the last one, and both go on to the same bits."""
     flags = ("--train_text_encoder", "--lora_dropout", 0.1, "--lora_target_modules", "attention+feedforward")
     flags += ("--encoding_cache_dir", tmp_path / "cache", "--resume_from_checkpoint", "latest", "--use_rslora")
+    arguments = flags_of(tiny_model, pictures, tmp_path / "out", *flags, "--max_train_steps", 1000)
     runs = []
-
-    def start(steps, every):
-        more = ("--max_train_steps", steps, "--checkpointing_steps", every)
-        command = [
-            sys.executable,
-            ROOT / "train_lora.py",
-            *flags_of(tiny_model, pictures, tmp_path / "out", *flags, *more),
-        ]
-        log = tmp_path / f"{len(runs)}.log"
-        # Sets come in another order in each process.
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": str(len(runs))}
-        with open(log, "w") as out:
-            process = subprocess.Popen(
-                [*map(str, command)], stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-            )
-        runs.append(forked.Run(process, log))
-        return runs[-1]
 
     def steps_done():
         return [int(path.name.removeprefix("checkpoint-")) for path in (tmp_path / "out").glob("checkpoint-*")]
@@ -479,12 +470,18 @@ def test_stops_and_kills(tiny_model, pictures, tmp_path):
         return len(file.read_text().splitlines()) if file.exists() else 0
 
     try:
-        first = start(1000, 500)
-        first.until(lambda: rows() >= 3)
-        os.kill(first.pid, signal.SIGTERM)
-        assert first.wait() == 143, first.output()
+        runs.append(forked.fork("train_lora", arguments, tmp_path / "first.log"))
+        runs[0].until(lambda: rows() >= 3)
+        os.kill(runs[0].pid, signal.SIGTERM)
+        assert runs[0].wait() == 143, runs[0].output()
         (stopped,) = steps_done()
-        second = start(1000, 2)
+        command = [sys.executable, str(ROOT / "train_lora.py"), *arguments, "--checkpointing_steps", "2"]
+        # Sets come in another order in each process.
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "1"}
+        with open(tmp_path / "second.log", "w") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        second = forked.Run(process, tmp_path / "second.log")
+        runs.append(second)
         second.until(lambda: len(steps_done()) >= 3)
         os.kill(second.pid, signal.SIGKILL)
         assert second.wait() == -signal.SIGKILL
@@ -500,17 +497,19 @@ def test_stops_and_kills(tiny_model, pictures, tmp_path):
 
 
 @pytest.mark.launch
-def test_two_processes_are_one(train, tiny_model, pictures, tmp_path):
+def test_two_processes_are_one(server, train, tiny_model, pictures, tmp_path):
     """Two processes train both models as one does."""
     flags = ("--train_text_encoder", "--gradient_accumulation_steps", 2, "--validation_samples", 1)
     flags += ("--validation_steps", 2, "--lora_target_modules", "all", "--validation_prompt", "red")
     one = train("one", *flags, "--train_batch_size", 2)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "train_lora.py"), *flags_of(tiny_model, pictures, tmp_path / "more", *flags)]
-    command += ["--train_batch_size", "1"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    logs = iter([tmp_path / "0.log", tmp_path / "1.log"])
+
+    def start(arguments, environment):
+        return forked.fork("train_lora", arguments, next(logs), environment=environment)
+
+    arguments = flags_of(tiny_model, pictures, tmp_path / "more", *flags, "--train_batch_size", 1)
+    ranks = start_ranks(start, arguments, 2)
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output()
     for name in ("loss", "grad_norm", "validation_loss"):
         assert metrics(tmp_path / "more", name) == [(i, pytest.approx(v, rel=1e-3)) for i, v in metrics(one, name)]
     first, second = load_file(one / FILE), load_file(tmp_path / "more" / FILE)
