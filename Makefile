@@ -18,15 +18,15 @@ demo-dreambooth: .venv/.installed
 
 demo-unconditional: .venv/.installed
 	$(LAUNCH) train_unconditional.py --config configs/demo_unconditional.yaml --overwrite_output_dir $(DEMO_FLAGS)
-	.venv/bin/python demo/grids.py
+	.venv/bin/python demo/grids.py outputs/demo-unconditional
 
 demo-textual-inversion: .venv/.installed
 	$(LAUNCH) textual_inversion.py --config configs/demo_textual_inversion.yaml --overwrite_output_dir $(DEMO_FLAGS)
-	.venv/bin/python demo/new_word.py
+	.venv/bin/python demo/new_word.py outputs/demo-textual-inversion
 
 demo-lora: .venv/.installed
 	$(LAUNCH) train_lora.py --config configs/demo_lora.yaml --overwrite_output_dir $(DEMO_FLAGS)
-	.venv/bin/python demo/lora_before_after.py
+	.venv/bin/python demo/lora_scales.py outputs/demo-lora
 
 test: .venv/.installed-dev
 	.venv/bin/python -m pytest

@@ -356,7 +356,7 @@ def read_rows(args, files, columns):
         source = {"path": args.dataset_name, "name": args.dataset_config_name} if args.dataset_name else parquet
         rows = datasets.load_dataset(**source, split="train", cache_dir=args.cache_dir)
     except Exception as error:  # anything, from an unknown name to a broken file
-        raise SystemExit(f"The data set {args.dataset_name or args.train_data_dir} cannot be loaded: {error}")
+        raise SystemExit(f"The data set {args.dataset_name or files[0].parent} cannot be loaded: {error}")
     for flag, column in columns.items():
         if column not in rows.column_names:
             raise SystemExit(f"{flag} {column} is not among the data set's columns {', '.join(rows.column_names)}.")
