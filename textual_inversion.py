@@ -61,6 +61,12 @@ natural_int = functools.partial(bounded, kind=int, low=0)
 non_negative = functools.partial(bounded, kind=float, low=0.0)
 below_one = functools.partial(bounded, kind=float, low=0.0, high=0.999999)
 switch = {"action": argparse.BooleanOptionalAction, "default": False}
+# Flags that say the same in other words.
+REPLACES = {
+    "validation_steps": "validation_epochs",
+    "validation_epochs": "validation_steps",
+    "num_train_epochs": "max_train_steps",
+}
 
 
 def read_config(parser, argv):
@@ -73,9 +79,15 @@ def read_config(parser, argv):
         config = dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}) if path else {}
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         parser.error(f"--config {path} is not a readable file of 'flag: value' lines: {error}")
+    known = parser._option_string_actions
+    given = {known[flag].dest for flag in (word.split("=")[0] for word in argv) if flag in known}
+    for name in given & REPLACES.keys():  # what the command line says in other words counts no more
+        if REPLACES[name] not in given:
+            config.pop(REPLACES[name], None)
     for name, value in config.items():
-        if value is False and f"--no-{name}" not in parser._option_string_actions:
-            flags += [f"--{name}=no"]  # YAML takes a plain no for false
+        if value is False and f"--no-{name}" not in known:
+            takes_value = f"--{name}" not in known or known[f"--{name}"].nargs != 0
+            flags += [f"--{name}=no"] if takes_value else []  # YAML takes a plain no for false
         elif isinstance(value, bool):
             flags += [f"--{name}" if value else f"--no-{name}"]
         elif isinstance(value, list):
@@ -120,7 +132,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("training").add_argument
     add("--output_dir", default="text-inversion-model", help="folder for the pipeline, samples, logs and checkpoints")
-    add("--overwrite_output_dir", **switch, help="start anew in a folder that holds a run, deleting its checkpoints")
+    add("--overwrite_output_dir", **switch, help="start anew in a folder that holds a run, deleting what it left")
     add("--seed", type=natural_int, help="seed of every random draw (default: one is drawn and recorded)")
     add("--train_batch_size", type=positive_int, default=16, help="pictures per process and forward pass")
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="forward passes per optimizer step")
@@ -177,17 +189,21 @@ def parse_args(argv=None):
     return args
 
 
+def lies_in(path, folder):
+    """Tells whether a path is a folder, or lies somewhere in it; neither need be given."""
+    return bool(path and folder) and Path(path).resolve().is_relative_to(Path(folder).resolve())
+
+
 def check_args(parser, args):
     """Refuses what no flag's type can know to be wrong."""
     base, data, resume = args.pretrained_model_name_or_path, args.train_data_dir, args.resume_from_checkpoint
     hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base)
     resumable = resume in (None, "latest") or Path(resume).is_dir() or Path(args.output_dir, resume).is_dir()
     word = args.placeholder_token
-    output_in_data = data and Path(args.output_dir).resolve().is_relative_to(Path(data).resolve())
     problems = [
         (not data, "give the folder of the pictures by --train_data_dir"),
         (data and not Path(data).is_dir(), f"--train_data_dir {data} is not a folder"),
-        (output_in_data, f"--output_dir {args.output_dir} lies in --train_data_dir: its samples would be trained on"),
+        (lies_in(args.output_dir, data), f"--output_dir lies in {data}: its samples would be trained on"),
         (len(word.split()) != 1, f"--placeholder_token {word!r} is not one word without spaces, such as <cat-toy>"),
         (args.resolution % 8, f"--resolution {args.resolution} is not a multiple of 8"),
         (not (hub_id or Path(base).is_dir()), f"--pretrained_model_name_or_path {base} is no folder and no Hub id"),
@@ -692,7 +708,8 @@ def weights_to_save(models):
 
 def after_step(accelerator, args, models, state):
     """Writes a copy of the vectors every --save_steps optimizer steps."""
-    if args.save_steps and state.optimizer_steps % args.save_steps == 0:
+    (rows,) = models.params_to_optimize
+    if args.save_steps and state.optimizer_steps % args.save_steps == 0 and rows.isfinite().all():
         path = Path(args.output_dir, f"learned_embeds-steps-{state.optimizer_steps}.safetensors")
         agree(args.output_dir, accelerator.is_main_process, replace_file, path, save(learned_embeds(models)))
 
@@ -808,6 +825,8 @@ def agree(folder, here, function, *arguments):
         result = function(*arguments) if here else None
     except SystemExit as refusal:
         problem = str(refusal)
+    except torch.cuda.OutOfMemoryError as error:
+        problem = f"{function.__name__}: {error}"
     except Exception as error:
         if not isinstance(error, (OSError, RuntimeError, SafetensorError)):  # all of which are said of a full disk
             traceback.print_exc()
@@ -900,7 +919,7 @@ def find_checkpoint(args):
     if resume is None and not args.overwrite_output_dir and (found or Path(args.output_dir, "README.md").exists()):
         raise SystemExit(
             f"{args.output_dir} holds another run: go on with it by --resume_from_checkpoint latest, "
-            "start anew and delete its checkpoints by --overwrite_output_dir, or choose another --output_dir."
+            "start anew and delete what it left by --overwrite_output_dir, or choose another --output_dir."
         )
     elif resume == "latest":
         for path in reversed(found):
@@ -973,7 +992,7 @@ def save_model(args, models):
 def loading_code(args, name):
     """Returns the lines that load the result by its name and make a picture."""
     base, prompt = args.pretrained_model_name_or_path, args.validation_prompt or f"a {args.placeholder_token}"
-    if Path(base).exists() and name != args.output_dir:  # paths of this machine stay out of what may be published
+    if not Path(name).is_absolute() and Path(base).exists():  # what may be published names no path of this machine
         base = Path(base).resolve().name
     load = f"pipeline.load_textual_inversion({name!r})\n"
     return (
@@ -1115,9 +1134,6 @@ def prepare_training(accelerator, args, models):
     groups = [{"params": models.params_to_optimize, "lr": args.learning_rate}]
     text_encoder, optimizer = accelerator.prepare(models.text_encoders[0], make_optimizer(accelerator, args, groups))
     models.text_encoders, models.trained = [text_encoder], [text_encoder]
-    if args.overwrite_output_dir and accelerator.is_main_process:
-        for path in Path(args.output_dir).glob("learned_embeds*.safetensors"):  # of the run that is overwritten
-            path.unlink()
     return optimizer
 
 
@@ -1127,8 +1143,10 @@ def start_logging(accelerator, args, state, checkpoint):
     if accelerator.is_main_process:
         for torn in [*output_dir.glob(".*.tmp"), *logging_dir.glob(".*.tmp")]:  # a run was killed as it wrote
             shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
-        for path in numbered_checkpoints(output_dir) if args.overwrite_output_dir else []:
-            shutil.rmtree(path)
+        if args.overwrite_output_dir and (output_dir / "train_args.yaml").exists():
+            results = [path for pattern in PUBLISHED for path in output_dir.glob(pattern)]
+            for path in numbered_checkpoints(output_dir) + results:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         (output_dir / "samples").mkdir(parents=True, exist_ok=True)
         replace_file(logging_dir / "metrics.jsonl", (checkpoint / "metrics.jsonl").read_bytes() if checkpoint else b"")
         libraries = ("torch", "diffusers", "transformers", "accelerate", "datasets", "bitsandbytes")
@@ -1303,7 +1321,8 @@ def run(accelerator, args, stop):
     # What it leaves.
     agree(args.output_dir, main_process, save_model, args, models)
     agree(args.output_dir, main_process, write_model_card, args, state, repo_id)
-    accelerator.print(f"The result is in {args.output_dir}. To load it:\n\n{loading_code(args, args.output_dir)}\n")
+    output_dir = str(Path(args.output_dir).resolve())
+    accelerator.print(f"The result is in {args.output_dir}. To load it:\n\n{loading_code(args, output_dir)}\n")
     stop.exit_if_asked()
     agree(args.output_dir, main_process and args.push_to_hub, publish, args, repo_id)
 

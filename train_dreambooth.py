@@ -68,6 +68,12 @@ non_negative = functools.partial(bounded, kind=float, low=0.0)
 fraction = functools.partial(bounded, kind=float, low=0.0, high=1.0)
 below_one = functools.partial(bounded, kind=float, low=0.0, high=0.999999)
 switch = {"action": argparse.BooleanOptionalAction, "default": False}
+# Flags that say the same in other words.
+REPLACES = {
+    "validation_steps": "validation_epochs",
+    "validation_epochs": "validation_steps",
+    "num_train_epochs": "max_train_steps",
+}
 
 
 def read_config(parser, argv):
@@ -80,9 +86,15 @@ def read_config(parser, argv):
         config = dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}) if path else {}
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         parser.error(f"--config {path} is not a readable file of 'flag: value' lines: {error}")
+    known = parser._option_string_actions
+    given = {known[flag].dest for flag in (word.split("=")[0] for word in argv) if flag in known}
+    for name in given & REPLACES.keys():  # what the command line says in other words counts no more
+        if REPLACES[name] not in given:
+            config.pop(REPLACES[name], None)
     for name, value in config.items():
-        if value is False and f"--no-{name}" not in parser._option_string_actions:
-            flags += [f"--{name}=no"]  # YAML takes a plain no for false
+        if value is False and f"--no-{name}" not in known:
+            takes_value = f"--{name}" not in known or known[f"--{name}"].nargs != 0
+            flags += [f"--{name}=no"] if takes_value else []  # YAML takes a plain no for false
         elif isinstance(value, bool):
             flags += [f"--{name}" if value else f"--no-{name}"]
         elif isinstance(value, list):
@@ -130,7 +142,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("training").add_argument
     add("--output_dir", default="dreambooth-model", help="folder for the pipeline, samples, logs and checkpoints")
-    add("--overwrite_output_dir", **switch, help="start anew in a folder that holds a run, deleting its checkpoints")
+    add("--overwrite_output_dir", **switch, help="start anew in a folder that holds a run, deleting what it left")
     add("--train_text_encoder", **switch, help="train the text encoder too")
     add("--seed", type=natural_int, help="seed of every random draw (default: one is drawn and recorded)")
     add("--train_batch_size", type=positive_int, default=4, help="pictures per process and forward pass")
@@ -192,23 +204,30 @@ def parse_args(argv=None):
     return args
 
 
+def lies_in(path, folder):
+    """Tells whether a path is a folder, or lies somewhere in it; neither need be given."""
+    return bool(path and folder) and Path(path).resolve().is_relative_to(Path(folder).resolve())
+
+
 def check_args(parser, args):
     """Refuses what no flag's type can know to be wrong."""
     base, resume, prior = args.pretrained_model_name_or_path, args.resume_from_checkpoint, args.with_prior_preservation
     hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base)
     resumable = resume in (None, "latest") or Path(resume).is_dir() or Path(args.output_dir, resume).is_dir()
-    data, classes = Path(args.instance_data_dir or "").resolve(), Path(args.class_data_dir or "").resolve()
-    nested = args.class_data_dir and (data in (classes, *classes.parents) or classes in data.parents)
+    data, classes = args.instance_data_dir, args.class_data_dir
+    nested = lies_in(data, classes) or lies_in(classes, data)
     precomputed = args.pre_compute_text_embeddings and args.train_text_encoder
     of_class = "--class_data_dir, a folder that may be empty, and --class_prompt"
     problems = [
         (not args.instance_data_dir, "--instance_data_dir is needed: a folder of a subject's pictures"),
         (not args.instance_prompt, "--instance_prompt is needed, such as 'a photo of sks dog'"),
-        (not data.is_dir(), f"--instance_data_dir {args.instance_data_dir} is not a folder"),
+        (data and not Path(data).is_dir(), f"--instance_data_dir {data} is not a folder"),
+        (lies_in(args.output_dir, data), f"--output_dir lies in {data}: its samples would be trained on"),
+        (lies_in(args.output_dir, classes), "--output_dir lies in --class_data_dir: take one beside it"),
         (prior and not (args.class_data_dir and args.class_prompt), f"--with_prior_preservation needs {of_class}"),
         (not prior and (args.class_data_dir or args.class_prompt), f"{of_class} need --with_prior_preservation"),
         (nested, "neither of --class_data_dir and --instance_data_dir may lie in the other"),
-        (classes.is_file(), f"--class_data_dir {classes} is a file"),
+        (classes and Path(classes).is_file(), f"--class_data_dir {classes} is a file"),
         (precomputed, "give --train_text_encoder or --pre_compute_text_embeddings, not both"),
         (args.resolution % 8, f"--resolution {args.resolution} is not a multiple of 8"),
         (not (hub_id or Path(base).is_dir()), f"--pretrained_model_name_or_path {base} is no folder and no Hub id"),
@@ -353,7 +372,8 @@ def fill_class_pictures(accelerator, args, seed, stop):
         return
     usual = "fp32" if accelerator.device.type == "cpu" else "fp16"
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
-    pipeline = load_pipeline(args)
+    # The base draws as it was trained, whatever --prediction_type it is to learn.
+    pipeline = load_pipeline(argparse.Namespace(**vars(args) | {"prediction_type": None}))
     pipeline.to(accelerator.device, dtypes.get(args.prior_generation_precision or usual, torch.float32))
     pipeline.set_progress_bar_config(disable=True)
     turns = range(0, len(names), batch_size * accelerator.num_processes)
@@ -869,6 +889,8 @@ def agree(folder, here, function, *arguments):
         result = function(*arguments) if here else None
     except SystemExit as refusal:
         problem = str(refusal)
+    except torch.cuda.OutOfMemoryError as error:
+        problem = f"{function.__name__}: {error}"
     except Exception as error:
         if not isinstance(error, (OSError, RuntimeError, SafetensorError)):  # all of which are said of a full disk
             traceback.print_exc()
@@ -965,7 +987,7 @@ def find_checkpoint(args):
     if resume is None and not args.overwrite_output_dir and (found or Path(args.output_dir, "README.md").exists()):
         raise SystemExit(
             f"{args.output_dir} holds another run: go on with it by --resume_from_checkpoint latest, "
-            "start anew and delete its checkpoints by --overwrite_output_dir, or choose another --output_dir."
+            "start anew and delete what it left by --overwrite_output_dir, or choose another --output_dir."
         )
     elif resume == "latest":
         for path in reversed(found):
@@ -1169,7 +1191,7 @@ def prepare_training(accelerator, args, models):
     for text_encoder in models.trained[1:]:
         text_encoder.to(accelerator.device)
         if args.gradient_checkpointing:
-            text_encoder.gradient_checkpointing_enable()
+            text_encoder.activation_checkpointing_enable()
     groups = [{"params": models.params_to_optimize, "lr": args.learning_rate}]
     optimizer = make_optimizer(accelerator, args, groups)
     *models.trained, optimizer = accelerator.prepare(*models.trained, optimizer)
@@ -1184,8 +1206,10 @@ def start_logging(accelerator, args, state, checkpoint):
     if accelerator.is_main_process:
         for torn in [*output_dir.glob(".*.tmp"), *logging_dir.glob(".*.tmp")]:  # a run was killed as it wrote
             shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
-        for path in numbered_checkpoints(output_dir) if args.overwrite_output_dir else []:
-            shutil.rmtree(path)
+        if args.overwrite_output_dir and (output_dir / "train_args.yaml").exists():
+            results = [path for pattern in PUBLISHED for path in output_dir.glob(pattern)]
+            for path in numbered_checkpoints(output_dir) + results:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         (output_dir / "samples").mkdir(parents=True, exist_ok=True)
         replace_file(logging_dir / "metrics.jsonl", (checkpoint / "metrics.jsonl").read_bytes() if checkpoint else b"")
         libraries = ("torch", "diffusers", "transformers", "accelerate", "datasets", "bitsandbytes")

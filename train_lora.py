@@ -81,6 +81,12 @@ fraction = functools.partial(bounded, kind=float, low=0.0, high=1.0)
 below_one = functools.partial(bounded, kind=float, low=0.0, high=0.999999)
 positive_float = functools.partial(bounded, kind=float, low=1e-6)
 switch = {"action": argparse.BooleanOptionalAction, "default": False}
+# Flags that say the same in other words.
+REPLACES = {
+    "validation_steps": "validation_epochs",
+    "validation_epochs": "validation_steps",
+    "num_train_epochs": "max_train_steps",
+}
 
 
 def read_config(parser, argv):
@@ -93,9 +99,15 @@ def read_config(parser, argv):
         config = dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}) if path else {}
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         parser.error(f"--config {path} is not a readable file of 'flag: value' lines: {error}")
+    known = parser._option_string_actions
+    given = {known[flag].dest for flag in (word.split("=")[0] for word in argv) if flag in known}
+    for name in given & REPLACES.keys():  # what the command line says in other words counts no more
+        if REPLACES[name] not in given:
+            config.pop(REPLACES[name], None)
     for name, value in config.items():
-        if value is False and f"--no-{name}" not in parser._option_string_actions:
-            flags += [f"--{name}=no"]  # YAML takes a plain no for false
+        if value is False and f"--no-{name}" not in known:
+            takes_value = f"--{name}" not in known or known[f"--{name}"].nargs != 0
+            flags += [f"--{name}=no"] if takes_value else []  # YAML takes a plain no for false
         elif isinstance(value, bool):
             flags += [f"--{name}" if value else f"--no-{name}"]
         elif isinstance(value, list):
@@ -147,7 +159,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("training").add_argument
     add("--output_dir", help="folder for the pipeline, samples, logs and checkpoints")
-    add("--overwrite_output_dir", **switch, help="start anew in a folder that holds a run, deleting its checkpoints")
+    add("--overwrite_output_dir", **switch, help="start anew in a folder that holds a run, deleting what it left")
     add("--train_text_encoder", **switch, help="train the text encoder too")
     add("--seed", type=natural_int, help="seed of every random draw (default: one is drawn and recorded)")
     add("--train_batch_size", type=positive_int, help="pictures per process and forward pass")
@@ -217,6 +229,11 @@ def parse_args(argv=None):
     return args
 
 
+def lies_in(path, folder):
+    """Tells whether a path is a folder, or lies somewhere in it; neither need be given."""
+    return bool(path and folder) and Path(path).resolve().is_relative_to(Path(folder).resolve())
+
+
 def check_args(parser, args):
     """Fills in what depends on the way, and refuses what no flag's type can know to be wrong."""
     if args.optimizer == "prodigy" and args.learning_rate is None:
@@ -229,23 +246,30 @@ def check_args(parser, args):
     resumable = resume in (None, "latest") or Path(resume).is_dir() or Path(args.output_dir, resume).is_dir()
     sources = [source for source in (args.train_data_dir, args.dataset_name, args.instance_data_dir) if source]
     folder = args.train_data_dir or args.instance_data_dir
-    nested = folder and Path(args.class_data_dir or "").absolute().is_relative_to(Path(folder).absolute())
+    nested = lies_in(args.class_data_dir, folder) or lies_in(folder, args.class_data_dir)
     precomputed = args.pre_compute_text_embeddings and args.train_text_encoder
     prodigy, text_lr = args.optimizer == "prodigy", args.text_encoder_lr is not None
     problems = [
         (len(sources) != 1, "give the pictures by one of --train_data_dir, --dataset_name and --instance_data_dir"),
         (folder and not Path(folder).is_dir(), f"{folder} of --train_data_dir or --instance_data_dir is not a folder"),
+        (lies_in(args.output_dir, folder), f"--output_dir lies in {folder}: its samples would be trained on"),
         (args.instance_data_dir and not args.instance_prompt, "--instance_data_dir needs --instance_prompt"),
         (prior and not args.instance_prompt, "--with_prior_preservation needs --instance_prompt"),
         (prior and not args.class_data_dir, "--with_prior_preservation needs --class_data_dir, which may be empty"),
         (prior and not args.class_prompt, "--with_prior_preservation needs --class_prompt"),
         (not prior and args.class_data_dir, "--class_data_dir needs --with_prior_preservation"),
         (not prior and args.class_prompt, "--class_prompt needs --with_prior_preservation"),
-        (prior and nested, f"--class_data_dir {args.class_data_dir} lies in {folder}: take a folder beside it"),
+        (nested, f"neither of --class_data_dir {args.class_data_dir} and {folder} may lie in the other"),
+        (lies_in(args.output_dir, args.class_data_dir), "--output_dir lies in --class_data_dir: take one beside it"),
         (precomputed, "give --train_text_encoder or --pre_compute_text_embeddings, not both"),
         (text_lr and not args.train_text_encoder, "--text_encoder_lr needs --train_text_encoder"),
         (prodigy and args.use_8bit_adam, "give --optimizer prodigy or --use_8bit_adam, not both"),
         (prodigy and text_lr, "--optimizer prodigy takes a single rate, so leave out --text_encoder_lr"),
+        (prodigy and args.scale_lr, "--optimizer prodigy finds its rate, so leave out --scale_lr"),
+        (
+            prodigy and args.learning_rate < 0.1,
+            "--optimizer prodigy finds its rate: --learning_rate should be about 1",
+        ),
         (args.use_dora and args.output_kohya_format, "--output_kohya_format cannot hold what --use_dora learns"),
         (args.resolution % 8, f"--resolution {args.resolution} is not a multiple of 8"),
         (not (hub_id or Path(base).is_dir()), f"--pretrained_model_name_or_path {base} is no folder and no Hub id"),
@@ -421,7 +445,8 @@ def fill_class_pictures(accelerator, args, seed, stop):
         return
     usual = "fp32" if accelerator.device.type == "cpu" else "fp16"
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
-    pipeline = load_pipeline(args)
+    # The base draws as it was trained, whatever --prediction_type it is to learn.
+    pipeline = load_pipeline(argparse.Namespace(**vars(args) | {"prediction_type": None}))
     pipeline.to(accelerator.device, dtypes.get(args.prior_generation_precision or usual, torch.float32))
     pipeline.set_progress_bar_config(disable=True)
     turns = range(0, len(names), batch_size * accelerator.num_processes)
@@ -943,6 +968,8 @@ def agree(folder, here, function, *arguments):
         result = function(*arguments) if here else None
     except SystemExit as refusal:
         problem = str(refusal)
+    except torch.cuda.OutOfMemoryError as error:
+        problem = f"{function.__name__}: {error}"
     except Exception as error:
         if not isinstance(error, (OSError, RuntimeError, SafetensorError)):  # all of which are said of a full disk
             traceback.print_exc()
@@ -1053,7 +1080,7 @@ def find_checkpoint(args):
     if resume is None and not args.overwrite_output_dir and (found or Path(args.output_dir, "README.md").exists()):
         raise SystemExit(
             f"{args.output_dir} holds another run: go on with it by --resume_from_checkpoint latest, "
-            "start anew and delete its checkpoints by --overwrite_output_dir, or choose another --output_dir."
+            "start anew and delete what it left by --overwrite_output_dir, or choose another --output_dir."
         )
     elif resume == "latest":
         for path in reversed(found):
@@ -1277,6 +1304,8 @@ def make_optimizer(accelerator, args, groups):
 
 def prepare_training(accelerator, args, models):
     """Brings models and a new optimizer to the device, frozen weights in half precision if so trained; returns it."""
+    if len(models.trained) > 1 and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise SystemExit("DeepSpeed trains one model, so leave out --train_text_encoder or take another launcher.")
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     for model in models.trained:
         for parameter in model.parameters():
@@ -1287,7 +1316,7 @@ def prepare_training(accelerator, args, models):
     for text_encoder in models.trained[1:]:
         text_encoder.to(accelerator.device)
         if args.gradient_checkpointing:
-            text_encoder.gradient_checkpointing_enable()
+            text_encoder.activation_checkpointing_enable()
     rates = (args.learning_rate, args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr)
     parameters = [[p for p in model.parameters() if p.requires_grad] for model in models.trained]
     groups = [{"params": params, "lr": lr} for params, lr in zip(parameters, rates)]
@@ -1306,8 +1335,10 @@ def start_logging(accelerator, args, state, checkpoint):
     if accelerator.is_main_process:
         for torn in [*output_dir.glob(".*.tmp"), *logging_dir.glob(".*.tmp")]:  # a run was killed as it wrote
             shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
-        for path in numbered_checkpoints(output_dir) if args.overwrite_output_dir else []:
-            shutil.rmtree(path)
+        if args.overwrite_output_dir and (output_dir / "train_args.yaml").exists():
+            results = [path for pattern in PUBLISHED for path in output_dir.glob(pattern)]
+            for path in numbered_checkpoints(output_dir) + results:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         (output_dir / "samples").mkdir(parents=True, exist_ok=True)
         replace_file(logging_dir / "metrics.jsonl", (checkpoint / "metrics.jsonl").read_bytes() if checkpoint else b"")
         libraries = ("torch", "diffusers", "transformers", "accelerate", "datasets", "bitsandbytes")

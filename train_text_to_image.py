@@ -57,6 +57,12 @@ non_negative = functools.partial(bounded, kind=float, low=0.0)
 fraction = functools.partial(bounded, kind=float, low=0.0, high=1.0)
 below_one = functools.partial(bounded, kind=float, low=0.0, high=0.999999)
 switch = {"action": argparse.BooleanOptionalAction, "default": False}
+# Flags that say the same in other words.
+REPLACES = {
+    "validation_steps": "validation_epochs",
+    "validation_epochs": "validation_steps",
+    "num_train_epochs": "max_train_steps",
+}
 
 
 def read_config(parser, argv):
@@ -69,9 +75,15 @@ def read_config(parser, argv):
         config = dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}) if path else {}
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         parser.error(f"--config {path} is not a readable file of 'flag: value' lines: {error}")
+    known = parser._option_string_actions
+    given = {known[flag].dest for flag in (word.split("=")[0] for word in argv) if flag in known}
+    for name in given & REPLACES.keys():  # what the command line says in other words counts no more
+        if REPLACES[name] not in given:
+            config.pop(REPLACES[name], None)
     for name, value in config.items():
-        if value is False and f"--no-{name}" not in parser._option_string_actions:
-            flags += [f"--{name}=no"]  # YAML takes a plain no for false
+        if value is False and f"--no-{name}" not in known:
+            takes_value = f"--{name}" not in known or known[f"--{name}"].nargs != 0
+            flags += [f"--{name}=no"] if takes_value else []  # YAML takes a plain no for false
         elif isinstance(value, bool):
             flags += [f"--{name}" if value else f"--no-{name}"]
         elif isinstance(value, list):
@@ -115,7 +127,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("training").add_argument
     add("--output_dir", default="sd-model-finetuned", help="folder for the pipeline, samples, logs and checkpoints")
-    add("--overwrite_output_dir", **switch, help="start anew in a folder that holds a run, deleting its checkpoints")
+    add("--overwrite_output_dir", **switch, help="start anew in a folder that holds a run, deleting what it left")
     add("--seed", type=natural_int, help="seed of every random draw (default: one is drawn and recorded)")
     add("--train_batch_size", type=positive_int, default=16, help="pictures per process and forward pass")
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="forward passes per optimizer step")
@@ -175,6 +187,11 @@ def parse_args(argv=None):
     return args
 
 
+def lies_in(path, folder):
+    """Tells whether a path is a folder, or lies somewhere in it; neither need be given."""
+    return bool(path and folder) and Path(path).resolve().is_relative_to(Path(folder).resolve())
+
+
 def check_args(parser, args):
     """Refuses what no flag's type can know to be wrong."""
     base, data, resume = args.pretrained_model_name_or_path, args.train_data_dir, args.resume_from_checkpoint
@@ -184,6 +201,7 @@ def check_args(parser, args):
     problems = [
         (bool(args.dataset_name) == bool(data), "give the pictures by either --train_data_dir or --dataset_name"),
         (data and not Path(data).is_dir(), f"--train_data_dir {data} is not a folder"),
+        (lies_in(args.output_dir, data), f"--output_dir lies in {data}: its samples would be trained on"),
         (args.resolution % 8, f"--resolution {args.resolution} is not a multiple of 8"),
         (not (hub_id or Path(base).is_dir()), f"--pretrained_model_name_or_path {base} is no folder and no Hub id"),
         (args.validation_steps and args.validation_epochs, "give --validation_steps or --validation_epochs, not both"),
@@ -833,6 +851,8 @@ def agree(folder, here, function, *arguments):
         result = function(*arguments) if here else None
     except SystemExit as refusal:
         problem = str(refusal)
+    except torch.cuda.OutOfMemoryError as error:
+        problem = f"{function.__name__}: {error}"
     except Exception as error:
         if not isinstance(error, (OSError, RuntimeError, SafetensorError)):  # all of which are said of a full disk
             traceback.print_exc()
@@ -931,7 +951,7 @@ def find_checkpoint(args):
     if resume is None and not args.overwrite_output_dir and (found or Path(args.output_dir, "README.md").exists()):
         raise SystemExit(
             f"{args.output_dir} holds another run: go on with it by --resume_from_checkpoint latest, "
-            "start anew and delete its checkpoints by --overwrite_output_dir, or choose another --output_dir."
+            "start anew and delete what it left by --overwrite_output_dir, or choose another --output_dir."
         )
     elif resume == "latest":
         for path in reversed(found):
@@ -1145,8 +1165,10 @@ def start_logging(accelerator, args, state, checkpoint):
     if accelerator.is_main_process:
         for torn in [*output_dir.glob(".*.tmp"), *logging_dir.glob(".*.tmp")]:  # a run was killed as it wrote
             shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
-        for path in numbered_checkpoints(output_dir) if args.overwrite_output_dir else []:
-            shutil.rmtree(path)
+        if args.overwrite_output_dir and (output_dir / "train_args.yaml").exists():
+            results = [path for pattern in PUBLISHED for path in output_dir.glob(pattern)]
+            for path in numbered_checkpoints(output_dir) + results:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         (output_dir / "samples").mkdir(parents=True, exist_ok=True)
         replace_file(logging_dir / "metrics.jsonl", (checkpoint / "metrics.jsonl").read_bytes() if checkpoint else b"")
         libraries = ("torch", "diffusers", "transformers", "accelerate", "datasets", "bitsandbytes")

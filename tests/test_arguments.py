@@ -1,6 +1,7 @@
 """The command line and the config file: what is taken, and what is refused in one sentence before anything loads."""
 
 import ast
+import importlib
 import subprocess
 import sys
 
@@ -219,6 +220,52 @@ def test_train_args_are_taken_back(tiny_model, pictures, tmp_path):
     text = (tmp_path / "first" / "train_args.yaml").read_text()
     assert (tmp_path / "second" / "train_args.yaml").read_text() == text.replace(": first\n", ": second\n")
     assert "# torch 2." in text
+
+
+NEEDED = {
+    "textual_inversion": "--train_data_dir {data} --placeholder_token <new> --initializer_token a",
+    "train_dreambooth": "--instance_data_dir {data} --instance_prompt sks",
+    "train_lora": "--instance_data_dir {data} --instance_prompt sks",
+    "train_text_to_image": "--train_data_dir {data}",
+    "train_unconditional": "--train_data_dir {data}",
+}
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_every_script_takes_its_arguments_back(tiny_model, pictures, tmp_path, name):
+    """What a run saves as train_args.yaml gives the same arguments, for each script."""
+    sibling = importlib.import_module(name)
+    words = NEEDED[name].format(data=pictures).split()
+    args = sibling.parse_args([*words, "--pretrained_model_name_or_path", str(tiny_model)])
+    saved = {flag: value for flag, value in vars(args).items() if flag not in sibling.UNSAVED}
+    (tmp_path / "train_args.yaml").write_text(yaml.safe_dump(saved))
+    again = sibling.parse_args(["--config", str(tmp_path / "train_args.yaml")])
+    assert {flag: value for flag, value in vars(again).items() if flag in saved} == saved
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_output_among_the_pictures_is_refused(tiny_model, pictures, name, capsys):
+    """A run's samples would be trained on, so no script writes into its own data."""
+    words = [*NEEDED[name].format(data=pictures).split(), "--pretrained_model_name_or_path", str(tiny_model)]
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).parse_args([*words, "--output_dir", f"{pictures}/../{pictures.name}/out"])
+    assert "--output_dir lies in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "config, words, values",
+    [
+        ("validation_epochs: 3", "--validation_steps 7", (None, 7, None)),
+        ("validation_steps: 7", "--validation_epochs=3", (3, None, None)),
+        ("max_train_steps: 9", "--num_train_epochs 2", (None, None, None)),
+        ("max_train_steps: 9", "--num_train_epochs 2 --max_train_steps 9", (None, None, 9)),
+        ("max_train_steps: 9", "", (None, None, 9)),
+    ],
+)
+def test_other_words_win_over_the_config(config, words, values):
+    """What the command line says replaces what the file says of the same thing under another name."""
+    args = script.parse_args(written(config) + typed(needed()) + words.split())
+    assert (args.validation_epochs, args.validation_steps, args.max_train_steps) == values
 
 
 def test_help_is_instant():

@@ -13,7 +13,7 @@ import forked
 import numpy as np
 import pytest
 import torch
-from conftest import make_pictures, metrics, run, same, weights
+from conftest import ROOT, make_pictures, metrics, run, same, weights
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
@@ -533,7 +533,7 @@ def test_two_processes_are_one(start, flags_of, tiny_model, monkeypatch, tmp_pat
 
 def parsed(*flags):
     """The arguments of a command line that gives what a run cannot do without."""
-    base = ("--pretrained_model_name_or_path", "owner/model", "--instance_data_dir", ".")
+    base = ("--pretrained_model_name_or_path", "owner/model", "--instance_data_dir", ROOT / "tests")
     return script.parse_args([str(flag) for flag in (*base, "--instance_prompt", INSTANCE, *flags)])
 
 
@@ -612,6 +612,17 @@ def test_deepspeed_and_the_text_encoder(flags):
     models = SimpleNamespace(trained=[None, None] if flags else [None], unet=None)
     with pytest.raises(SystemExit if flags else AttributeError, match="--train_text_encoder" if flags else ""):
         script.prepare_training(accelerator, parsed(*flags.split()), models)
+
+
+def test_the_base_draws_as_it_was_trained(tiny_model, tmp_path, monkeypatch):
+    """What the UNet is to learn to predict does not change how the base draws the class."""
+    drawn = []
+    monkeypatch.setattr(script, "draw_class_pictures", lambda args, pipeline, names, seed: drawn.append(pipeline))
+    folder = ("--class_data_dir", tmp_path / "class", "--class_prompt", "a", "--num_class_images", 1)
+    args = parsed("--with_prior_preservation", *folder, "--prediction_type", "v_prediction")
+    args.pretrained_model_name_or_path = tiny_model
+    script.fill_class_pictures(script.make_accelerator(args), args, 0, SimpleNamespace(exit_if_asked=lambda: None))
+    assert [pipeline.scheduler.config.prediction_type for pipeline in drawn] == ["epsilon"]
 
 
 def test_no_flag_is_read_nowhere():

@@ -296,7 +296,7 @@ class Sum(torch.nn.Module):
     "flags, scale", [("--rank 3 --lora_alpha 6", 2), ("--rank 4 --use_rslora --lora_alpha 5", 2.5)]
 )
 def test_training_by_hand(train, tiny_model, monkeypatch, flags, scale):
-    """Losses, norms and factors are those of a plain loop without peft, whose gradients are clipped (defect 1)."""
+    """Losses, norms and factors are those of a plain loop without peft, whose gradients are clipped."""
     start = train("start", *flags.split(), "--learning_rate", 0, "--max_train_steps", 1)
     batches, original = [], script.compute_loss
     monkeypatch.setattr(script, "compute_loss", lambda m, batch, a: (batches.append(batch), original(m, batch, a))[1])
@@ -334,7 +334,7 @@ def test_training_by_hand(train, tiny_model, monkeypatch, flags, scale):
 
 @pytest.mark.parametrize("flags", [(), ("--train_text_encoder",)])
 def test_precision(train, tiny_model, monkeypatch, flags):
-    """In bf16 the base is in half precision in memory, and the adapters and moments in float32 (defects 16, 17)."""
+    """In bf16 the base is in half precision in memory, and the adapters and moments in float32."""
     models, original = [], script.save_model
     monkeypatch.setattr(script, "save_model", lambda args, m: (models.append(m), original(args, m)))
     validation = ("--validation_samples", 1, "--validation_prompt", "red", "--num_validation_images", 1)
@@ -607,11 +607,14 @@ MISTAKES = [
     ("--instance_prompt sks --with_prior_preservation --class_data_dir other", "--class_prompt"),
     ("--instance_prompt sks --class_data_dir other", "--with_prior_preservation"),
     ("--instance_prompt sks --class_prompt dog", "--with_prior_preservation"),
-    ("--instance_prompt sks --with_prior_preservation --class_prompt dog --class_data_dir {data}/class", "beside"),
+    ("--instance_prompt sks --with_prior_preservation --class_prompt dog --class_data_dir {data}/class", "may lie in"),
+    ("--instance_prompt sks --with_prior_preservation --class_prompt dog --class_data_dir {data}/..", "may lie in"),
     ("--train_text_encoder --pre_compute_text_embeddings", "--pre_compute_text_embeddings"),
     ("--text_encoder_lr 1e-5", "--train_text_encoder"),
     ("--optimizer prodigy --use_8bit_adam", "--use_8bit_adam"),
     ("--optimizer prodigy --train_text_encoder --text_encoder_lr 1", "--text_encoder_lr"),
+    ("--optimizer prodigy --scale_lr", "--scale_lr"),
+    ("--optimizer prodigy --learning_rate 1e-4", "--learning_rate"),
     ("--use_dora --output_kohya_format", "--output_kohya_format"),
     ("--resolution 500", "--resolution 500"),
     ("--rank 0", "--rank"),
@@ -686,7 +689,7 @@ def test_deepfloyd_is_refused(capsys, pictures):
 
 
 def test_what_is_published(tiny_model, pictures, tmp_path, monkeypatch, hub):
-    """Both files, the card and the pictures are uploaded, none of which names a folder of this machine (defect 69)."""
+    """Both files, the card and the pictures are uploaded, none of which names a folder of this machine."""
     monkeypatch.setattr(script, "VALIDATION_STEPS", 2)
     monkeypatch.chdir(tmp_path)
     flags = ("--push_to_hub", "--hub_token", "hf_x", "--output_kohya_format", "--train_text_encoder")

@@ -252,7 +252,7 @@ def test_no_step_copies_the_table():
 
 @pytest.mark.parametrize("flags", [(), ("--use_8bit_adam",), ("--mixed_precision", "bf16")], ids=" ".join)
 def test_only_the_vectors_move(train, seen, tiny_model, flags):
-    """Table, text encoder, UNet and VAE stay bit for bit, whatever the weight decay; all new rows move (defect 24)."""
+    """Table, text encoder, UNet and VAE stay bit for bit, whatever the weight decay; all new rows move."""
     out = train("out", *flags, "--adam_weight_decay", 10, "--checkpointing_steps", 4)
     models, start = seen["models"], CLIPTextModel.from_pretrained(tiny_model / "text_encoder").state_dict()
     after = models.pipeline.text_encoder.state_dict()
@@ -342,7 +342,7 @@ def test_learnable_property(train, seen, kind, other):
 
 
 def test_epochs(resolved):
-    """An epoch is --repeats passes over six pictures, in steps of two; the defaults count steps (defects 8 and 65)."""
+    """An epoch is --repeats passes over six pictures, in steps of two; the defaults count steps."""
     args = resolved()
     assert (args.max_train_steps, args.validation_steps) == (5000, 100)
     args = resolved("--num_train_epochs", 2, "--repeats", 5, "--validation_epochs", 1)
@@ -379,7 +379,7 @@ def test_flips(train, seen):
 
 
 def test_learning_rates_restart(train):
-    """--lr_num_cycles cosines follow each other, over optimizer steps (defect 7)."""
+    """--lr_num_cycles cosines follow each other, over optimizer steps."""
     flags = ("--lr_scheduler", "cosine_with_restarts", "--lr_num_cycles", 2, "--max_train_steps", 8)
     out = train("out", *flags, "--train_batch_size", 1, "--gradient_accumulation_steps", 2)
     wanted = [0.5 * (1 + math.cos(math.pi * (2 * step / 8 % 1))) for step in range(8)]
@@ -398,7 +398,7 @@ def test_save_steps(train):
 
 
 def test_validation(train, seen):
-    """The grid has --num_validation_images pictures of the prompt, which the vectors change (defects 32 and 38)."""
+    """The grid has --num_validation_images pictures of the prompt, which the vectors change."""
     flags = ("--validation_prompt", f"a {WORD}", "--num_validation_images", 3, "--validation_steps", 2)
     out = train("out", *flags, "--learning_rate", 1)
     grids = {path.name: Image.open(path) for path in (out / "samples").iterdir()}
@@ -411,7 +411,7 @@ def test_validation(train, seen):
 
 
 def test_captions_and_other_files_are_not_read(train, pictures, tmp_path):
-    """Pictures are all that is read of the folder: no captions, and nothing that is no picture (defect 52)."""
+    """Pictures are all that is read of the folder: no captions, and nothing that is no picture."""
     bare = tmp_path / "bare"
     bare.mkdir()
     for file in pictures.glob("*.[jp]*g"):
@@ -561,7 +561,7 @@ RICH = (
 
 
 def test_resuming_is_exact_at_every_step(train, dropout_model):
-    """Whatever step a run is resumed at, it ends with the same bits of vectors, moments and log (defects 11 to 14)."""
+    """Whatever step a run is resumed at, it ends with the same bits of vectors, moments and log."""
     flags = (*RICH, "--pretrained_model_name_or_path", dropout_model)
     whole = train("whole", *flags)
     assert len({loss for _, loss in metrics(whole, "loss")}) == 6
@@ -686,7 +686,7 @@ def test_sigterm(command, uninterrupted, tmp_path):
 
 @pytest.mark.launch
 def test_two_processes_are_one(train, tiny_model, pictures, tmp_path, monkeypatch):
-    """Two processes train as one, also where one has nothing to do in a validation; one writes (defects 9, 60)."""
+    """Two processes train as one, also where one has nothing to do in a validation; one writes."""
     # One draw of one held-out picture, so that a rank has none: no rank may wait for another's forward pass.
     text = (ROOT / "textual_inversion.py").read_text()
     (tmp_path / "textual_inversion.py").write_text(text.replace("VALIDATION_DRAWS = 4", "VALIDATION_DRAWS = 1"))
@@ -779,7 +779,7 @@ def test_training_sees_what_the_pipeline_makes(train, seen, tiny_model):
 
 
 def test_the_whole_pipeline_is_the_base(finished, tiny_model):
-    """It holds the base's float32 weights bit for bit, also after bf16, with the new rows at the end (defect 34)."""
+    """It holds the base's float32 weights bit for bit, also after bf16, with the new rows at the end."""
     before, after = weights(tiny_model), weights(finished)
     for name, tensor in before.items():
         if name.endswith("token_embedding.weight"):
@@ -800,7 +800,7 @@ def test_without_the_flag_there_is_no_pipeline(train):
 
 @pytest.mark.parametrize("flags", [(), ("--save_as_full_pipeline",)], ids=["file", "pipeline"])
 def test_the_lines_that_load_it(train, tmp_path, monkeypatch, capsys, flags):
-    """Those printed at the end make a picture; those in the card name no folder of this machine (defect 69)."""
+    """Those printed at the end make a picture; those in the card name no folder of this machine."""
     out = train("out", *flags, "--max_train_steps", 1)
     code = capsys.readouterr().out.split("To load it:")[1]
     monkeypatch.chdir(tmp_path)
@@ -808,10 +808,13 @@ def test_the_lines_that_load_it(train, tmp_path, monkeypatch, capsys, flags):
     assert Image.open(tmp_path / "picture.png").size == (32, 32)
     card = (out / "README.md").read_text()
     assert str(tmp_path.parent) not in card and "'tiny'" in card if not flags else "'out'" in card
+    if not flags:  # also where the folder's name is all that was given
+        args = script.parse_args(["--config", str(out / "train_args.yaml"), "--output_dir", "out"])
+        assert str(tmp_path.parent) not in script.loading_code(args, "out")
 
 
 def test_push(hub, train):
-    """What is uploaded is the result and its card: no checkpoints, no logs, no arguments (defects 66 to 68)."""
+    """What is uploaded is the result and its card: no checkpoints, no logs, no arguments."""
     flags = ("--push_to_hub", "--hub_token", "hf_secret", "--checkpointing_steps", 2, "--save_steps", 3)
     out = train("out", *flags, "--validation_prompt", WORD, "--num_validation_images", 1)
     files = hub.repos["me/out"]["files"]

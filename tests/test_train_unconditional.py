@@ -203,7 +203,7 @@ def test_ema_follows_its_formula(train, config, kind):
 
 
 def test_noise_is_added_in_float32(train, monkeypatch):
-    """Under bf16 the UNet's input is that of float32, bit for bit, and weights and moments are float32 (defect 31)."""
+    """Under bf16 the UNet's input is that of float32, bit for bit, and weights and moments are float32."""
     inputs, batches = [], collect_batches(monkeypatch)
     load_models = script.load_models
 
@@ -239,7 +239,7 @@ def test_savings_change_nothing(train, flag):
 
 
 def test_accumulation_is_a_larger_batch(train, config):
-    """Two batches of one are one of two; a step logs one loss and one rate, and the schedule ends (defects 7, 22)."""
+    """Two batches of one are one of two; a step logs one loss and one rate, and the schedule ends."""
     one = train("one", "--train_batch_size", 1, "--gradient_accumulation_steps", 2)
     two = train("two", "--train_batch_size", 2)
     assert metrics(one, "loss") == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in metrics(two, "loss")]
@@ -403,7 +403,7 @@ def test_fine_grey_keeps_its_precision(config, tmp_path, kind):
 
 
 def test_grids(train, config):
-    """A grid holds --eval_batch_size pictures, each by its own seed, and comes every so many epochs (defect 64)."""
+    """A grid holds --eval_batch_size pictures, each by its own seed, and comes every so many epochs."""
     flags = ("--eval_batch_size", 3, "--save_images_epochs", 2, "--train_batch_size", 3, "--max_train_steps", 6)
     out = train("out", *flags, "--use_ema", "--ddpm_num_inference_steps", 4)
     assert sorted(file.name for file in (out / "samples").iterdir()) == [f"step-00000{step}.png" for step in (0, 4, 6)]
@@ -658,7 +658,7 @@ def test_a_stopped_process_goes_on_exactly(how, start, train, dropout_config, wi
 
 @pytest.mark.launch
 def test_two_processes_are_one(start, train, config, wide_pictures, tmp_path):
-    """Two processes train as one does, each with noise of its own, and by the same schedule (defects 8 and 9)."""
+    """Two processes train as one does, each with noise of its own, and by the same schedule."""
     flags = ("--train_data_dir", wide_pictures, *RICH, "--max_train_steps", 4, "--validation_steps", 2)
     flags += ("--eval_batch_size", 2, "--save_model_epochs", 1)
     one = train("one", *flags, "--train_batch_size", 2)

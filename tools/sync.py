@@ -33,6 +33,8 @@ SHARED = {
     "fraction",
     "below_one",
     "switch",
+    "REPLACES",
+    "lies_in",
     "read_config",
     "digest",
     "read_metadata",
