@@ -22,7 +22,7 @@ FLAGS = {
     "cache_dir": ("one", "two"),
     "dataset_name": ("owner/one", "owner/two"),
     "dataset_config_name": ("one", "two"),
-    "train_data_dir": (".", ".."),
+    "train_data_dir": ("pictures", "others"),
     "image_column": ("one", "two"),
     "caption_column": ("one", "two"),
     "max_train_samples": (1, 2),
@@ -98,13 +98,15 @@ for_each_flag = pytest.mark.parametrize("name", FLAGS)
 
 @pytest.fixture(autouse=True)
 def somewhere(tmp_path, monkeypatch):
-    """An empty working folder."""
+    """A working folder with two empty folders for pictures."""
     monkeypatch.chdir(tmp_path)
+    for name in ("pictures", "others"):
+        (tmp_path / name).mkdir()
 
 
 def needed(name=None):
     """The flags that a run cannot do without, but for the one of this name and what excludes it."""
-    base = {"pretrained_model_name_or_path": "owner/model", "train_data_dir": "."}
+    base = {"pretrained_model_name_or_path": "owner/model", "train_data_dir": "pictures"}
     excluded = {"dataset_name": "train_data_dir"}.get(name)
     return {flag: value for flag, value in base.items() if flag not in (name, excluded)}
 

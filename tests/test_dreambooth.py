@@ -13,7 +13,7 @@ import forked
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_pictures, metrics, run, same, weights
+from conftest import make_pictures, metrics, run, same, weights
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
@@ -533,7 +533,8 @@ def test_two_processes_are_one(start, flags_of, tiny_model, monkeypatch, tmp_pat
 
 def parsed(*flags):
     """The arguments of a command line that gives what a run cannot do without."""
-    base = ("--pretrained_model_name_or_path", "owner/model", "--instance_data_dir", ROOT / "tests")
+    base = ("--pretrained_model_name_or_path", "owner/model", "--instance_data_dir", ".")
+    base += ("--output_dir", "../out")
     return script.parse_args([str(flag) for flag in (*base, "--instance_prompt", INSTANCE, *flags)])
 
 

@@ -440,7 +440,9 @@ def test_resuming_is_exact_at_every_step(train, kind):
         assert differ == set(), f"resumed at step {step}"
 
 
-@pytest.mark.parametrize("flags", ["--rank 8", "--use_dora", "--optimizer prodigy", "--train_text_encoder"])
+@pytest.mark.parametrize(
+    "flags", ["--rank 8", "--use_dora", "--optimizer prodigy --learning_rate 1", "--train_text_encoder"]
+)
 def test_other_adapters_are_refused(train, flags):
     """A checkpoint goes on with adapters and an optimizer such as it holds, or not at all."""
     train("out", "--checkpointing_steps", 2, "--max_train_steps", 2)
