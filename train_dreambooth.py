@@ -5,6 +5,9 @@ dog". With --with_prior_preservation, every batch holds as many pictures of the 
 base model itself, and their loss keeps the class as it was. The result is a pipeline that
 StableDiffusionPipeline.from_pretrained loads.
 
+Start reading at run, train and compute_loss. Most functions stand word for word in the sibling scripts, so that one or
+the other draw or hook has no use here.
+
     accelerate launch train_dreambooth.py --config configs/demo_dreambooth.yaml
     accelerate launch train_dreambooth.py --pretrained_model_name_or_path sd-legacy/stable-diffusion-v1-5 \\
         --instance_data_dir dog --instance_prompt "a photo of sks dog" --with_prior_preservation \\
@@ -76,9 +79,18 @@ REPLACES = {
 }
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Adds the default to a help that does not speak of it, unless there is none."""
+
+    def _get_help_string(self, action):
+        silent = action.default is None or action.default is False or "default" in action.help
+        return action.help if silent or action.nargs == 0 else f"{action.help} (default: %(default)s)"
+
+
 def read_config(parser, argv):
     """Returns the flags of the YAML file of --config, if there is one, and of the command line, which wins."""
     argv = sys.argv[1:] if argv is None else argv
+    parser.formatter_class = HelpFormatter
     first = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     first.add_argument("--config")
     path, flags = first.parse_known_args(argv)[0].config, []
@@ -744,7 +756,7 @@ def compute_loss(models, batch, args):
     model_pred = models.unet(noisy_latents, timesteps, encoder_hidden_states).sample
     loss = F.mse_loss(model_pred.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
     loss = loss * snr_weights(noise_scheduler, timesteps, args.snr_gamma)
-    if not args.with_prior_preservation or len(loss) == 1:  # a held-out picture comes alone
+    if not args.with_prior_preservation or len(loss) == 1:  # a held-out picture comes alone, pairs never
         return {"loss": loss.mean()}
     instance_loss, prior_loss = loss[0::2].mean(), loss[1::2].mean()  # by turns, as paired_keys has them
     total = instance_loss + args.prior_loss_weight * prior_loss  # arXiv:2208.12242, eq. 2
@@ -828,7 +840,10 @@ def log_row(accelerator, args, row):
 
 
 def log_steps(accelerator, args, samples, progress_bar, unread, keep):
-    """Reads and logs finished steps until only keep are unread; returns whether any rank was asked to stop."""
+    """Logs finished steps until only keep are unread; returns whether any rank was asked to stop.
+
+    A loss that is not finite ends the run.
+    """
     asked_to_stop = False
     while len(unread) > keep:
         row, keys, names, numbers = unread.pop(0)
@@ -1268,12 +1283,15 @@ def load_batches(accelerator, args, samples, keys_of, state):
 
 
 def train(accelerator, args, models, optimizer, lr_scheduler, samples, held_out, keys_of, state, stop):
-    """Takes the optimizer steps that are left, logging, validating and saving as asked; a signal ends it early."""
+    """Takes the optimizer steps that are left, logging, validating and saving as asked; a signal ends it early.
+
+    keys_of(step) gives the (epoch, index) keys of the samples of an optimizer step, over all ranks and micro-steps.
+    """
     batches = load_batches(accelerator, args, samples, keys_of, state)
     validations = {*range(0, args.max_train_steps, args.validation_steps), args.max_train_steps}
     if not picture_prompts(args) and not len(held_out):
         validations = set()
-    if state.global_step in validations:  # of the untrained model, or one that came after the checkpoint
+    if state.global_step in validations:  # step 0, or one due when the checkpoint was written, as saving comes first
         log_validation(accelerator, args, models, held_out, state, stop)
     bar = {"total": args.max_train_steps, "initial": state.global_step, "disable": not accelerator.is_main_process}
     progress_bar = tqdm(desc="training", **bar)
@@ -1295,7 +1313,7 @@ def train(accelerator, args, models, optimizer, lr_scheduler, samples, held_out,
                     losses[name] += loss.detach() / args.gradient_accumulation_steps
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(models.params_to_optimize, args.max_grad_norm or math.inf)
-                optimizer.step()
+                optimizer.step()  # accelerate skips this, and the next, before the last micro-step
                 optimizer.zero_grad()
         row = {"step": step + 1, "lr": lr_scheduler.get_last_lr()[0]}
         skipped = accelerator.optimizer_step_was_skipped  # after an overflow that the scaler of fp16 handles
@@ -1307,7 +1325,7 @@ def train(accelerator, args, models, optimizer, lr_scheduler, samples, held_out,
         now = time.perf_counter()
         row |= {"images_per_second": len(keys_of(step)) / (now - last_time), "memory_gib": peak_memory(accelerator)}
         last_time = now
-        # Filled on the device: a number copied to it would make it wait.
+        # As log_steps takes them apart. Filled on the device: a number copied to it would make it wait.
         flags = [torch.full_like(losses["loss"], float(flag)) for flag in (skipped, stop.signum > 0)]
         numbers = torch.stack([*losses.values(), torch.as_tensor(grad_norm).to(losses["loss"]), *flags])
         unread.append((row, keys_of(step), list(losses), accelerator.reduce(numbers, "mean")))

@@ -35,6 +35,7 @@ SHARED = {
     "switch",
     "REPLACES",
     "lies_in",
+    "HelpFormatter",
     "read_config",
     "digest",
     "read_metadata",
