@@ -394,8 +394,8 @@ def test_dropout(train):
 
 def test_prodigy(train, tiny_model):
     """Prodigy starts with rate 1, takes AdamW's settings, and finds its step by itself."""
-    args = script.parse_args(flags_of(tiny_model, tiny_model, "out", "--optimizer", "Prodigy"))
-    assert (args.optimizer, args.learning_rate) == ("prodigy", 1e-2)
+    args = script.parse_args(flags_of(tiny_model, tiny_model, "out", "--optimizer", "Prodigy", "--learning_rate", 0.5))
+    assert (args.optimizer, args.learning_rate) == ("prodigy", 0.5)
     argv = ["--pretrained_model_name_or_path", str(tiny_model), "--train_data_dir", str(tiny_model)]
     assert script.parse_args([*argv, "--optimizer", "prodigy"]).learning_rate == 1.0
     flags = ("--optimizer", "prodigy", "--learning_rate", 1, "--adam_beta2", 0.998, "--adam_weight_decay", 0.02)

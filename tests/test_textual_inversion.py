@@ -427,7 +427,7 @@ def test_captions_and_other_files_are_not_read(train, pictures, tmp_path):
 REFUSED = {
     "give the folder of the pictures by --train_data_dir": ("--train_data_dir", ""),
     "--train_data_dir nowhere is not a folder": ("--train_data_dir", "nowhere"),
-    "lies in --train_data_dir": ("--output_dir", "{data}/out"),
+    "--output_dir lies in": ("--output_dir", "{data}/out"),
     "is not one word": ("--placeholder_token", "a pig"),
     "'' is not one word": ("--placeholder_token", ""),
     "--num_vectors: must be a number of type int from 1": ("--num_vectors", 0),
