@@ -1,0 +1,77 @@
+"""Kills over all scripts, whose hooks write and read what the shared text saves: for `make test-all`."""
+
+import random
+import signal
+
+import forked
+import pytest
+import torch
+from conftest import make_pictures, metrics, same, weights
+from test_exact import flat
+from test_stop import linux, litter
+from test_train_unconditional import write_config
+
+
+COMMON = "--resolution 32 --train_batch_size 2 --max_train_steps 6 --seed 7 --learning_rate 1e-3 --lr_warmup_steps 2 "
+COMMON += "--checkpointing_steps 1 --checkpoints_total_limit 2 --report_to none --resume_from_checkpoint latest "
+COMMON += "--output_dir {here}/out --encoding_cache_dir {here}/cache --random_flip "
+BASE = "--pretrained_model_name_or_path {base} "
+SUBJECT = "--instance_data_dir {data} --instance_prompt sks --with_prior_preservation --class_data_dir {here}/class "
+SUBJECT += "--class_prompt a --num_class_images 2 --sample_batch_size 1 --prior_generation_precision fp32 "
+FLAGS = {
+    "textual_inversion": BASE
+    + "--train_data_dir {data} --placeholder_token <new> --initializer_token a --save_steps 4",
+    "train_dreambooth": BASE + SUBJECT + "--train_text_encoder --snr_gamma 5",
+    "train_lora": BASE + SUBJECT + "--train_text_encoder --lora_dropout 0.1 --use_dora",
+    "train_text_to_image": BASE + "--train_data_dir {data} --use_ema --validation_samples 1",
+    "train_unconditional": "--model_config_name_or_path {config} --train_data_dir {data} --use_ema "
+    "--eval_batch_size 0",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    """The server that runs are forked from."""
+    forked.start_server("train_text_to_image")
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.launch
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", FLAGS)
+def test_kills_do_not_matter_to_any_script(name, seed, tiny_model, tmp_path):
+    """A run that is killed at random changes on the disk, and started again each time, ends as if nothing had been."""
+    rng = random.Random(f"{name} {seed}")
+    places = {
+        "base": tiny_model,
+        "data": make_pictures(tmp_path / "data"),
+        "config": write_config(tmp_path / "config"),
+    }
+
+    def begin(here, **options):
+        here.mkdir(exist_ok=True)
+        words = (COMMON + FLAGS[name]).format(here=here, **places).split()
+        return forked.fork(name, words, here / "log", **options)
+
+    whole, killed, kills = tmp_path / "whole", tmp_path / "killed", 0
+    assert begin(whole).wait() == 0, (whole / "log").read_text()
+    for _ in range(12):
+        process = begin(killed, watched=killed, trigger=(".", rng.randint(1, 50), ("kill", 0)))
+        code = process.wait()
+        assert code in (0, -signal.SIGKILL), process.output()
+        kills += code != 0
+    assert begin(killed).wait() == 0, (killed / "log").read_text()
+    print(f"{kills} kills")
+    assert kills >= 6
+    names = sorted(path.name for path in (killed / "out").glob("checkpoint-*"))
+    assert names == ["checkpoint-5", "checkpoint-6"]
+    for checkpoint in names:
+        states = [torch.load(run / "out" / checkpoint / "optimizer.bin", weights_only=True) for run in (whole, killed)]
+        first, second = ({key: torch.as_tensor(v) for key, v in flat(s["state"]).items()} for s in states)
+        assert first and same(first, second)
+    for logged in ("loss", "lr", "grad_norm", "validation_loss"):
+        assert metrics(killed / "out", logged) == metrics(whole / "out", logged)
+    assert same(weights(killed / "out"), weights(whole / "out"))
+    assert litter(killed / "out") == []
