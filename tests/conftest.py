@@ -59,19 +59,17 @@ def make_pictures(folder: Path, count: int = 6, size: int = 48) -> Path:
     return folder
 
 
-def make_model(folder: Path) -> Path:
-    """Save an SD 1.x pipeline of the real classes with tiny random weights; its VAE halves the resolution."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+def make_text_encoder(model_class, width: int, **settings):
+    """Build a tokenizer of single letters and a tiny CLIP text encoder of random weights for it."""
+    from transformers import CLIPTextConfig, CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    torch.manual_seed(0)
     letters = list(bytes_to_unicode().values())
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer({token: i for i, token in enumerate(tokens)}, [], model_max_length=77)
-    text_config = CLIPTextConfig(
+    config = CLIPTextConfig(
         vocab_size=len(tokens),
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -80,16 +78,41 @@ def make_model(folder: Path) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         projection_dim=32,
+        **settings,
     )
+    return tokenizer, model_class(config)
+
+
+def make_model(folder: Path, family: str = "sd1") -> Path:
+    """Save a pipeline of the real classes with tiny random weights; its VAE halves the resolution.
+
+    family: "sd1", "sd2" (OpenCLIP's kind of text encoder, linear projections, v_prediction) or "sdxl".
+    """
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        EulerDiscreteScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    blocks = {
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    }
+    settings = {"cross_attention_dim": 32, "attention_head_dim": 4}
+    if family != "sd1":
+        settings |= {"attention_head_dim": (4, 8), "use_linear_projection": True}
+    if family == "sdxl":  # attends on the lower level, twice a block
+        blocks = {name: types[::-1] for name, types in blocks.items()}
+        settings |= {"cross_attention_dim": 32 + 48, "transformer_layers_per_block": (1, 2)}
+        settings |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+        settings |= {"projection_class_embeddings_input_dim": 6 * 8 + 32}
     unet = UNet2DConditionModel(
-        sample_size=24,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=4,
-        norm_num_groups=8,
+        sample_size=24, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, **blocks, **settings
     )
     vae = AutoencoderKL(
         block_out_channels=(16, 32),
@@ -98,24 +121,22 @@ def make_model(folder: Path) -> Path:
         norm_num_groups=8,
         sample_size=48,
     )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text_config),
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    parts = {"unet": unet, "vae": vae}
+    openclip = {"hidden_act": "gelu"}
+    first = make_text_encoder(CLIPTextModel, 32, **(openclip if family == "sd2" else {}))
+    parts["tokenizer"], parts["text_encoder"] = first
+    if family == "sdxl":
+        # Of another width, or a single file's two encoders would be taken for one.
+        second = make_text_encoder(CLIPTextModelWithProjection, 48, **openclip)
+        parts["tokenizer_2"], parts["text_encoder_2"] = second
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    if family == "sdxl":
+        pipeline = StableDiffusionXLPipeline(**parts, scheduler=EulerDiscreteScheduler(**betas))
+    else:
+        ddim = {"clip_sample": False, "set_alpha_to_one": False}
+        ddim |= {"prediction_type": "v_prediction"} if family == "sd2" else {}
+        unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipeline = StableDiffusionPipeline(**parts, scheduler=DDIMScheduler(**betas, **ddim), **unused)
     pipeline.save_pretrained(folder)
     return folder
 
@@ -164,6 +185,18 @@ def tiny_v_model(tiny_model) -> Path:
     config = folder / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd2_model(tmp_path_factory) -> Path:
+    """A tiny SD 2.x pipeline, which predicts v."""
+    return make_model(tmp_path_factory.mktemp("models") / "tiny-sd2", "sd2")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl_model(tmp_path_factory) -> Path:
+    """A tiny SDXL pipeline of two text encoders."""
+    return make_model(tmp_path_factory.mktemp("models") / "tiny-sdxl", "sdxl")
 
 
 @pytest.fixture(scope="session")
