@@ -1,9 +1,9 @@
-"""Teaches Stable Diffusion 1.x or 2.x a new word from a few pictures of a thing or of a style: textual inversion.
+"""Teaches Stable Diffusion 1.x, 2.x or XL a new word from a few pictures of a thing or of a style: textual inversion.
 
 The word stands for one vector or more of the text encoder's table of embeddings, and these are all that is trained
 (Gal et al. 2022, arXiv:2208.01618, section 4). Each step noises the latents of a few pictures (DDPM, Ho et al. 2020,
 arXiv:2006.11239, eq. 4), lets the UNet predict the noise under a caption with the new word, and takes the mean squared
-error. The result is a file of a few kilobytes that StableDiffusionPipeline.load_textual_inversion adds to the base.
+error. The result is a file of a few kilobytes that pipeline.load_textual_inversion adds to the base; two for SDXL.
 
 Start reading at run, train and compute_loss. Most functions stand word for word in the sibling scripts, so that one or
 the other draw or hook has no use here.
@@ -117,7 +117,9 @@ def parse_args(argv=None):
     parser.add_argument("--config", help="a YAML file of flags; the command line wins over it")
 
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", required=True, help="base model: a folder in diffusers format or a Hub id")
+    add("--pretrained_model_name_or_path", required=True, help="base: a diffusers folder, Hub id or .safetensors file")
+    add("--pretrained_vae_model_name_or_path", help="a VAE to use instead of the base model's: a folder or a Hub id")
+    add("--single_file_config", help="folder or Hub id with the configs of a base that is a file")
     add("--revision", help="branch, tag or commit of the base model on the Hub")
     add("--variant", help="variant of the base model's weight files, such as fp16")
     add("--cache_dir", help="where downloads from the Hub are kept")
@@ -131,7 +133,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("data").add_argument
     add("--train_data_dir", help="folder of pictures (their captions are not read)")
     add("--max_train_samples", type=positive_int, help="train on so many pictures, drawn by the seed")
-    add("--resolution", type=positive_int, default=512, help="side of the square pictures in pixels, a multiple of 8")
+    add("--resolution", type=positive_int, help="side of the square pictures in pixels (1024 for SDXL, 512 otherwise)")
     add("--center_crop", **switch, help="crop the middle instead of a random place")
     add("--repeats", type=positive_int, default=100, help="passes over the pictures that make an epoch")
     add("--random_flip", **switch | {"default": True}, help="mirror half of the samples")
@@ -172,6 +174,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("loss").add_argument
     targets = ["epsilon", "v_prediction", "sample"]
     add("--prediction_type", choices=targets, help="what the UNet predicts (default: as the base model does)")
+    add("--rescale_betas_zero_snr", **switch, help="end the noise schedule in noise alone (arXiv:2305.08891)")
     add("--snr_gamma", type=functools.partial(bounded, kind=float, low=1e-6), help="gamma of Min-SNR weights, often 5")
 
     add = parser.add_argument_group("validation").add_argument
@@ -206,19 +209,33 @@ def lies_in(path, folder):
     return bool(path and folder) and Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 
+def base_problems(args):
+    """Lists what can be wrong with the flags that say where the base model is: (whether it is so, the sentence)."""
+    base, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+    single_file, pickled = base.endswith(".safetensors"), Path(base).suffix in (".ckpt", ".pt", ".pth", ".bin")
+    on_hub = args.revision or vars(args).get("non_ema_revision")
+    flag, hub_id = "--pretrained_model_name_or_path", functools.partial(re.fullmatch, r"[\w-][\w.-]*(/[\w.-]+)?")
+    return [
+        (pickled, f"{flag} {base} is a pickle, which can run any code as it loads: convert it to .safetensors"),
+        (single_file and not Path(base).is_file(), f"{flag} {base} is not a file"),
+        (not (single_file or hub_id(base) or Path(base).is_dir()), f"{flag} {base} is no folder and no Hub id"),
+        (single_file and on_hub, "a revision is of the Hub's, and the base model is a file"),
+        (args.single_file_config and not single_file, f"--single_file_config needs a .safetensors file, not {base}"),
+        (vae and not (hub_id(vae) or Path(vae).is_dir()), f"--pretrained_vae_model_name_or_path {vae} is no folder"),
+    ]
+
+
 def check_args(parser, args):
     """Refuses what no flag's type can know to be wrong."""
-    base, data, resume = args.pretrained_model_name_or_path, args.train_data_dir, args.resume_from_checkpoint
-    hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base)
+    data, resume = args.train_data_dir, args.resume_from_checkpoint
     resumable = resume in (None, "latest") or Path(resume).is_dir() or Path(args.output_dir, resume).is_dir()
     word = args.placeholder_token
-    problems = [
+    problems = base_problems(args) + [
         (not data, "give the folder of the pictures by --train_data_dir"),
         (data and not Path(data).is_dir(), f"--train_data_dir {data} is not a folder"),
         (lies_in(args.output_dir, data), f"--output_dir lies in {data}: its samples would be trained on"),
         (len(word.split()) != 1, f"--placeholder_token {word!r} is not one word without spaces, such as <cat-toy>"),
-        (args.resolution % 8, f"--resolution {args.resolution} is not a multiple of 8"),
-        (not (hub_id or Path(base).is_dir()), f"--pretrained_model_name_or_path {base} is no folder and no Hub id"),
+        (args.resolution and args.resolution % 8, f"--resolution {args.resolution} is not a multiple of 8"),
         (args.validation_steps and args.validation_epochs, "give --validation_steps or --validation_epochs, not both"),
         (args.overwrite_output_dir and resume, "give --overwrite_output_dir or --resume_from_checkpoint, not both"),
         (not resumable, f"--resume_from_checkpoint {resume} is no folder, neither here nor in {args.output_dir}"),
@@ -243,13 +260,13 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import DistributedDataParallelKwargs, gather_object, send_to_device
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, EulerDiscreteScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
 from diffusers.utils import make_image_grid
 from huggingface_hub import ModelCardData, create_repo, upload_folder
 from PIL import Image, ImageOps, UnidentifiedImageError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 from tqdm.contrib.concurrent import thread_map
@@ -260,9 +277,14 @@ VALIDATION_STEPS = 25  # of the sampler
 SMALL_SET = 10_000  # latents, of 131 kB at 512 x 512, that are kept even if this run meets each just once
 VALIDATION_DRAWS = 4  # noises and timesteps for each held-out picture
 # What is uploaded: no checkpoints, no logs, no arguments with their local paths.
-PUBLISHED = (
-    "README.md learned_embeds* model_index.json samples/* unet/* vae/* text_encoder/* tokenizer/* scheduler/*".split()
-)
+PUBLISHED = "README.md model_index.json samples/* unet/* vae/* text_encoder*/* tokenizer*/* scheduler/*".split()
+PUBLISHED += ["learned_embeds*"]
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+# The families, by their pipelines, and what these are told beside where the files are.
+PIPELINES = {
+    "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
+    "StableDiffusionXLPipeline": {"add_watermarker": False},
+}
 STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1"} & {*dir(signal)}
 CARD = {"pipeline_tag": "text-to-image", "tags": ["stable-diffusion", "textual_inversion"]}
 UNSAVED = {"config", "hub_token", "overwrite_output_dir", "resume_from_checkpoint"}
@@ -427,8 +449,9 @@ class Samples(torch.utils.data.Dataset):
     """Samples by key (epoch, index), each a function of seed, key and picture, whatever the batch, worker or flags.
 
     A sample holds float32 arrays of the latents' shape (4, h, w): "noise", "perturbation" and "posterior_noise";
-    "offset_noise" (4, 1, 1); "timesteps"; "caption" and its cached embeddings; and the latents' cached "mean" and
-    "std", or else "pixel_values" (3, resolution, resolution) in [-1, 1].
+    "offset_noise" (4, 1, 1); "timesteps"; "caption" and its cached embeddings; the latents' cached "mean" and "std",
+    or else "pixel_values" (3, resolution, resolution) in [-1, 1]; and for SDXL "time_ids" (6,), in pixels: the file's
+    height and width, the crop's top and left, the sample's height and width.
     """
 
     def __init__(self, args, records, seed, latent_shape, num_train_timesteps):
@@ -467,7 +490,12 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         rng, variant, caption = self.place(key)
-        example = {"caption": caption}
+        index, (width, _), (left, top), flip = variant
+        side = self.args.resolution
+        # Of the picture as it was mirrored, since the crop shows its other side then (arXiv:2307.01952, section 2.2).
+        corner = (top, width - side - left if flip else left)
+        time_ids = np.array([*self.records[index]["size"][::-1], *corner, side, side], dtype=np.float32)
+        example = {"caption": caption, "time_ids": time_ids}
         for name in ("posterior_noise", "noise", "perturbation"):
             example[name] = rng.standard_normal(self.latent_shape, dtype=np.float32)
         example["offset_noise"] = rng.standard_normal((self.latent_shape[0], 1, 1), dtype=np.float32)
@@ -487,35 +515,82 @@ def weights_digest(model):
     return digest(repr(model), *(tensor.contiguous().numpy() for tensor in model.state_dict().values()))
 
 
+def open_pipeline(args, variant):
+    """Opens the base model in float32 as the pipeline that its model_index.json, or a single file's names, ask for."""
+    base, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+    files, single_file = {"cache_dir": args.cache_dir, "dtype": torch.float32}, base.endswith(".safetensors")
+    if single_file:
+        with safe_open(base, "pt") as file:
+            name = list(PIPELINES)[any(key.startswith("conditioner.") for key in file.keys())]
+    else:
+        name = DiffusionPipeline.load_config(base, revision=args.revision, cache_dir=args.cache_dir)["_class_name"]
+        if name not in PIPELINES:
+            raise SystemExit(f"{base} is a {name}, and this script trains {' and '.join(PIPELINES)}.")
+    parts = PIPELINES[name] | {"feature_extractor": None}
+    if vae:
+        parts["vae"] = AutoencoderKL.from_pretrained(vae, use_safetensors=True, **files)
+    if single_file:
+        return getattr(diffusers, name).from_single_file(base, config=args.single_file_config, **files, **parts)
+    files |= {"revision": args.revision, "variant": variant, "use_safetensors": True}
+    return getattr(diffusers, name).from_pretrained(base, **files, **parts)
+
+
 def load_pipeline(args):
-    """Loads the base model's pipeline in float32, from files in half precision if it has no others."""
+    """Loads the base model's pipeline, from files in half precision if it has no others.
+
+    Sets args.resolution to the usual one of its family unless it is given.
+    """
     base, error = args.pretrained_model_name_or_path, None
-    files = {"revision": args.revision, "cache_dir": args.cache_dir, "use_safetensors": True, "dtype": torch.float32}
-    files |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     for variant in [args.variant] if args.variant else [None, "fp16"]:
         try:
-            pipeline = StableDiffusionPipeline.from_pretrained(base, variant=variant, **files)
+            pipeline = open_pipeline(args, variant)
             break
-        except (OSError, ValueError) as caught:
+        except Exception as caught:  # diffusers raises nearly anything over files that it cannot use
             error = error or caught
     else:
         raise SystemExit(f"{base} cannot be loaded as a Stable Diffusion model of safetensors files: {error}")
-    if pipeline.unet.config.addition_embed_type or pipeline.unet.config.in_channels != 4:
-        raise SystemExit(f"{base} is no text-to-image model of Stable Diffusion 1.x or 2.x, which this script trains.")
-    prediction_type = args.prediction_type or pipeline.scheduler.config.prediction_type
-    pipeline.scheduler.register_to_config(prediction_type=prediction_type)
+    unet, scheduler = pipeline.unet.config, pipeline.scheduler
+    inpaints = {unet.in_channels, pipeline.vae.config.latent_channels} != {4}
+    refines = unet.addition_embed_type not in (None, "text_time") or pipeline.text_encoder is None
+    if inpaints or refines or "EDM" in type(scheduler).__name__:
+        raise SystemExit(
+            f"{base} is no text-to-image model of Stable Diffusion 1.x, 2.x or XL, which this script trains."
+        )
+    changes = {"prediction_type": args.prediction_type or scheduler.config.prediction_type}
+    if args.rescale_betas_zero_snr:
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    # Not all of them, such as the PNDM of SD 1.x, can sample from a schedule that ends in noise alone.
+    able = "rescale_betas_zero_snr" in scheduler.config or not args.rescale_betas_zero_snr
+    pipeline.scheduler = (type(scheduler) if able else EulerDiscreteScheduler).from_config(scheduler.config, **changes)
+    if changes["prediction_type"] == "epsilon" and pipeline.scheduler.config.get("rescale_betas_zero_snr"):
+        raise SystemExit("Where the noise schedule ends in noise alone, --prediction_type has to be v_prediction.")
     for part in (pipeline, pipeline.unet, pipeline.vae):  # their files would name a folder of this machine
         part.register_to_config(_name_or_path=Path(base).resolve().name if Path(base).exists() else base)
+    args.resolution = args.resolution or (1024 if unet.addition_embed_type else 512)
     return pipeline
+
+
+def in_float32(method, tensor, **settings):
+    """Calls a method of the VAE outside of autocast."""
+    with torch.autocast(tensor.device.type, enabled=False):
+        return method(tensor.float(), **settings)
 
 
 def name_parts(pipeline):
     """Returns a pipeline's models by the names that training gives them, all of them frozen so far."""
     models = SimpleNamespace(pipeline=pipeline, vae=pipeline.vae, unet=pipeline.unet, ema_unet=None)
-    models.tokenizers, models.text_encoders = [pipeline.tokenizer], [pipeline.text_encoder]
+    names, parts = [name for name in TEXT_ENCODERS if name in pipeline.components], pipeline.components
+    models.text_encoders = [parts[name] for name in names]
+    models.tokenizers = [parts[name.replace("text_encoder", "tokenizer")] for name in names]
     for model in (models.vae, models.unet, *models.text_encoders):
         model.requires_grad_(False)
-    models.vae_digest, models.text_digest = weights_digest(pipeline.vae), weights_digest(pipeline.text_encoder)
+    if len(models.text_encoders) > 1 and models.vae.config.force_upcast:  # SDXL's overflows in half precision
+        for name in ("encode", "decode"):
+            setattr(models.vae, name, functools.partial(in_float32, getattr(models.vae, name)))
+    models.vae_digest, models.text_digest = (
+        weights_digest(models.vae),
+        digest(*map(weights_digest, models.text_encoders)),
+    )
     models.noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     models.idle = []  # frozen models that no step needs, kept in CPU memory
     return models
@@ -539,27 +614,32 @@ def load_models(args):
     """Loads the base model, all of it frozen, and adds the new tokens to its tokenizer and its text encoder."""
     models = name_parts(load_pipeline(args))
     models.unet_digest, models.ema_unet = weights_digest(models.unet), None
-    (tokenizer,), (text_encoder,) = models.tokenizers, models.text_encoders
     word, tokens = args.placeholder_token, word_tokens(args)
-    if len(tokenizer.tokenize(word)) == 1 or {*tokens} & {*tokenizer.get_vocab()}:
-        raise SystemExit(f"--placeholder_token {word} is known to the base model: take another, such as <my-{word}>.")
-    start = tokenizer(args.initializer_token, add_special_tokens=False).input_ids
-    if not start or {*start} & {*tokenizer.all_special_ids}:
-        raise SystemExit(f"--initializer_token {args.initializer_token!r} has no token in the base model's tokenizer.")
-    first, table = len(tokenizer), text_encoder.get_input_embeddings()
-    tokenizer.add_tokens(tokens)
-    excess = max(len(tokenizer(caption).input_ids) for caption in captions_of(args)) - tokenizer.model_max_length
-    if excess > 0:
-        raise SystemExit(f"--num_vectors {args.num_vectors} is {excess} more than fit into the longest caption.")
-    embeddings = Embeddings(table, first, table.weight[[start[i % len(start)] for i in range(len(tokens))]])
-    models.placeholder_token, text_encoder.embeddings.token_embedding = word, embeddings
-    models.trained, models.params_to_optimize = [text_encoder], [embeddings.rows]
+    models.placeholder_token, models.trained, models.params_to_optimize = word, models.text_encoders, []
+    for tokenizer, text_encoder in zip(models.tokenizers, models.text_encoders):
+        if len(tokenizer.tokenize(word)) == 1 or {*tokens} & {*tokenizer.get_vocab()}:
+            raise SystemExit(f"--placeholder_token {word} is known to the base model: take another: <my-{word}>, say.")
+        start = tokenizer(args.initializer_token, add_special_tokens=False).input_ids
+        if not start or {*start} & {*tokenizer.all_special_ids}:
+            raise SystemExit(f"--initializer_token {args.initializer_token!r} has no token in the base's tokenizer.")
+        first, table = len(tokenizer), text_encoder.get_input_embeddings()
+        tokenizer.add_tokens(tokens)
+        excess = max(len(tokenizer(caption).input_ids) for caption in captions_of(args)) - tokenizer.model_max_length
+        if excess > 0:
+            raise SystemExit(f"--num_vectors {args.num_vectors} is {excess} more than fit into the longest caption.")
+        embeddings = Embeddings(table, first, table.weight[[start[i % len(start)] for i in range(len(tokens))]])
+        text_encoder.set_input_embeddings(embeddings)
+        models.params_to_optimize.append(embeddings.rows)
     return models
 
 
 def learned_embeds(models):
-    """Returns the trained rows (num_vectors, dim) by the new word, as load_textual_inversion takes them."""
-    return {models.placeholder_token: models.params_to_optimize[0].detach().cpu()}
+    """Returns by the names of their files what load_textual_inversion takes: the new word and its rows (vectors, dim).
+
+    SDXL's second text encoder has a file of its own.
+    """
+    names, word = ("learned_embeds", "learned_embeds_2"), models.placeholder_token
+    return {name: {word: rows.detach().cpu()} for name, rows in zip(names, models.params_to_optimize)}
 
 
 def encode_pixels(vae, pixel_values):
@@ -569,15 +649,26 @@ def encode_pixels(vae, pixel_values):
     return {name: torch.cat([getattr(p, name) for p in posteriors]).float() for name in ("mean", "std")}
 
 
-def encode_prompts(tokenizers, text_encoders, prompts):
-    """Returns the conditioning of some prompts: "encoder_hidden_states" (bsz, tokens, dim) in float32."""
-    hidden_states = []
-    for tokenizer, text_encoder in zip(tokenizers, text_encoders):
+def encode_prompts(models, prompts):
+    """Returns the conditioning of some prompts, as a dict of float32 tensors.
+
+    "encoder_hidden_states" (bsz, tokens, dim), and for SDXL the pooled "text_embeds" (bsz, dim).
+    """
+    hidden_states, xl = [], len(models.text_encoders) > 1
+    for tokenizer, text_encoder in zip(models.tokenizers, models.text_encoders):
         ids = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         # One prompt a forward pass, as with pictures, unless gradients have to flow back through a single one.
         rows = ids.to(text_encoder.device).split(len(ids) if text_encoder.training else 1)
-        hidden_states.append(torch.cat([text_encoder(row)[0] for row in rows]).float())
-    return {"encoder_hidden_states": torch.cat(hidden_states, dim=-1)}
+        outputs = [text_encoder(row, output_hidden_states=xl) for row in rows]
+        # SDXL takes both encoders' last layer but one (arXiv:2307.01952, section 2.1).
+        hidden_states.append(torch.cat([out.hidden_states[-2] if xl else out[0] for out in outputs]).float())
+    conditioning = {"encoder_hidden_states": torch.cat(hidden_states, dim=-1)}
+    if xl:
+        conditioning["text_embeds"] = torch.cat([out.text_embeds for out in outputs]).float()
+    if models.pipeline.config.get("force_zeros_for_empty_prompt"):  # SDXL's stand-in for a prompt that is not given
+        for tensor in conditioning.values():
+            tensor[[not prompt for prompt in prompts]] = 0
+    return conditioning
 
 
 def cache_folder(args):
@@ -603,7 +694,7 @@ def fill_entry(models, file, samples, what):
         load_file(file)
     except (OSError, SafetensorError):  # there is none yet, or it is torn
         if isinstance(what, str):
-            tensors = encode_prompts(models.tokenizers, models.text_encoders, [what])
+            tensors = encode_prompts(models, [what])
         else:
             tensors = encode_pixels(models.vae, samples.pixels(what)[None].to(models.vae.device))
         replace_file(file, save({name: tensor[0].cpu().contiguous() for name, tensor in tensors.items()}))
@@ -663,14 +754,14 @@ def fill_cache(accelerator, args, models, visits, stop):
 
 
 def encode_batch(models, batch):
-    """Returns a batch's latents (bsz, 4, h, w) and embeddings (bsz, tokens, dim), cached ones if it has them."""
+    """Returns a batch's latents (bsz, 4, h, w), embeddings (bsz, tokens, dim) and, for SDXL, added_cond_kwargs."""
     if "mean" not in batch:
         batch = batch | encode_pixels(models.vae, batch["pixel_values"])
     if "encoder_hidden_states" not in batch:
-        batch = batch | encode_prompts(models.tokenizers, models.text_encoders, batch["caption"])
+        batch = batch | encode_prompts(models, batch["caption"])
     # Every step draws anew from the posterior, also where its mean and std are cached.
     latents = (batch["mean"] + batch["std"] * batch["posterior_noise"]) * models.vae.config.scaling_factor
-    return latents, batch["encoder_hidden_states"]
+    return latents, batch["encoder_hidden_states"], {name: batch.get(name) for name in ("text_embeds", "time_ids")}
 
 
 # Objective
@@ -687,13 +778,14 @@ def snr_weights(noise_scheduler, timesteps, snr_gamma):
 
 def compute_loss(models, batch, args):
     """Returns the "loss" of a batch, the mean over its samples: of their noise in the batch, and of nothing else."""
-    latents, encoder_hidden_states = encode_batch(models, batch)
+    latents, encoder_hidden_states, added_cond_kwargs = encode_batch(models, batch)
     timesteps, noise, noise_scheduler = batch["timesteps"], batch["noise"], models.noise_scheduler
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     velocity = noise_scheduler.get_velocity(latents, noise, timesteps)
     targets = {"epsilon": noise, "v_prediction": velocity, "sample": latents}
     target = targets[noise_scheduler.config.prediction_type]
-    model_pred = models.unet(noisy_latents, timesteps, encoder_hidden_states).sample
+    conditioning = {"encoder_hidden_states": encoder_hidden_states, "added_cond_kwargs": added_cond_kwargs}
+    model_pred = models.unet(noisy_latents, timesteps, **conditioning).sample
     loss = F.mse_loss(model_pred.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
     return {"loss": (loss * snr_weights(noise_scheduler, timesteps, args.snr_gamma)).mean()}
 
@@ -720,10 +812,12 @@ def weights_to_save(models):
 
 def after_step(accelerator, args, models, state):
     """Writes a copy of the vectors every --save_steps optimizer steps."""
-    (rows,) = models.params_to_optimize
-    if args.save_steps and state.optimizer_steps % args.save_steps == 0 and rows.isfinite().all():
-        path = Path(args.output_dir, f"learned_embeds-steps-{state.optimizer_steps}.safetensors")
-        agree(args.output_dir, accelerator.is_main_process, replace_file, path, save(learned_embeds(models)))
+    if args.save_steps == 0 or state.optimizer_steps % args.save_steps:
+        return
+    for name, embeds in learned_embeds(models).items():
+        if all(rows.isfinite().all() for rows in embeds.values()):
+            path = Path(args.output_dir, f"{name}-steps-{state.optimizer_steps}.safetensors")
+            agree(args.output_dir, accelerator.is_main_process, replace_file, path, save(embeds))
 
 
 def validation_keys(held_out):
@@ -856,13 +950,15 @@ def agree(folder, here, function, *arguments):
 
 def save_weights(models, folder):
     """Writes a checkpoint's vectors as load_textual_inversion takes them."""
-    replace_file(Path(folder, "learned_embeds.safetensors"), save(learned_embeds(models)))
+    for name, embeds in learned_embeds(models).items():
+        replace_file(Path(folder, f"{name}.safetensors"), save(embeds))
 
 
 @torch.no_grad()
 def load_weights(models, folder):
     """Reads a checkpoint's vectors into those that are being trained."""
-    models.params_to_optimize[0].copy_(load_file(folder / "learned_embeds.safetensors")[models.placeholder_token])
+    for name, rows in zip(learned_embeds(models), models.params_to_optimize):
+        rows.copy_(load_file(folder / f"{name}.safetensors")[models.placeholder_token])
 
 
 def write_checkpoint(accelerator, args, models, state, folder):
@@ -998,28 +1094,41 @@ def load_checkpoint(accelerator, models, optimizer, checkpoint):
 def save_model(args, models):
     """Writes the vectors and, if --save_as_full_pipeline asks for it, the base model with them."""
     save_weights(models, args.output_dir)
+    embeds = learned_embeds(models).values()
+    if len(embeds) > 1:  # both in one file, under the names that other programs know
+        both = {name: embed[models.placeholder_token] for name, embed in zip(("clip_l", "clip_g"), embeds)}
+        replace_file(Path(args.output_dir, "learned_embeds_xl.safetensors"), save(both))
     if args.save_as_full_pipeline:
         pipeline = load_pipeline(args)  # anew, as the UNet that was trained with may be in half precision
-        pipeline.load_textual_inversion(learned_embeds(models))
+        parts = name_parts(pipeline)
+        for embed, tokenizer, text_encoder in zip(embeds, parts.tokenizers, parts.text_encoders):
+            pipeline.load_textual_inversion(embed, tokenizer=tokenizer, text_encoder=text_encoder)
         pipeline.save_pretrained(args.output_dir)
 
 
-def loading_code(args, name):
+def loading_code(args, models, name):
     """Returns the lines that load the result by its name and make a picture."""
     base, prompt = args.pretrained_model_name_or_path, args.validation_prompt or f"a {args.placeholder_token}"
     if not Path(name).is_absolute() and Path(base).exists():  # what may be published names no path of this machine
         base = Path(base).resolve().name
-    load = f"pipeline.load_textual_inversion({name!r})\n"
+    load, pipeline = f"pipeline.load_textual_inversion({name!r})\n", type(models.pipeline).__name__
+    if len(models.text_encoders) > 1:
+        part = "text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer"
+        load = f"pipeline.load_textual_inversion({name!r}, weight_name='learned_embeds.safetensors', {part})\n"
+        part = "text_encoder=pipeline.text_encoder_2, tokenizer=pipeline.tokenizer_2"
+        load += f"pipeline.load_textual_inversion({name!r}, weight_name='learned_embeds_2.safetensors', {part})\n"
+    opened = "from_single_file" if base.endswith(".safetensors") else "from_pretrained"
+    base, opened, load = (name, "from_pretrained", "") if args.save_as_full_pipeline else (base, opened, load)
     return (
-        "from diffusers import StableDiffusionPipeline\n\n"
-        f"pipeline = StableDiffusionPipeline.from_pretrained({name if args.save_as_full_pipeline else base!r})\n"
-        f"{'' if args.save_as_full_pipeline else load}"
+        f"from diffusers import {pipeline}\n\n"
+        f"pipeline = {pipeline}.{opened}({base!r})\n"
+        f"{load}"
         f"prompt = {prompt!r}\n"
         f"pipeline(prompt, height={args.resolution}, width={args.resolution}).images[0].save('picture.png')"
     )
 
 
-def write_model_card(args, state, repo_id):
+def write_model_card(args, models, state, repo_id):
     """Writes README.md: base, data, settings, loss curve, sample grid, and how to load the result."""
     metrics = Path(args.output_dir, args.logging_dir, "metrics.jsonl").read_text().splitlines()
     losses = [row["loss"] for row in map(json.loads, metrics) if "loss" in row]
@@ -1038,7 +1147,7 @@ def write_model_card(args, state, repo_id):
     card = [f"---\n{header}\n---\n\n# {repo_id}"]
     card += [f"{base}, trained on {data or 'local pictures'}."]
     card += ["The base model's licence applies."] if given[0] else []
-    card += ["## Load it", f"```python\n{loading_code(args, repo_id)}\n```", "## Training"]
+    card += ["## Load it", f"```python\n{loading_code(args, models, repo_id)}\n```", "## Training"]
     if Path(args.output_dir, grid).exists():
         card += [f"![samples]({grid})", *(f"- {prompt}" for prompt in dict.fromkeys(picture_prompts(args)) if prompt)]
     card += [f"{state.global_step} steps. Loss from {points[0]:.4f} to {points[-1]:.4f}: `{curve}`"]
@@ -1140,15 +1249,16 @@ def make_optimizer(accelerator, args, groups):
 
 
 def prepare_training(accelerator, args, models):
-    """Brings the UNet, the text encoder and a new optimizer to the device; returns the optimizer."""
+    """Brings the UNet, the text encoders and a new optimizer to the device; returns the optimizer."""
     # No weight of the UNet is trained or saved, so it is kept in the precision that it runs in.
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     prepare_unet(accelerator, args, models.unet.to(weight_dtype))
-    if args.gradient_checkpointing:
-        models.text_encoders[0].activation_checkpointing_enable()
+    for text_encoder in models.text_encoders if args.gradient_checkpointing else ():
+        text_encoder.activation_checkpointing_enable()
     groups = [{"params": models.params_to_optimize, "lr": args.learning_rate}]
-    text_encoder, optimizer = accelerator.prepare(models.text_encoders[0], make_optimizer(accelerator, args, groups))
-    models.text_encoders, models.trained = [text_encoder], [text_encoder]
+    optimizer = make_optimizer(accelerator, args, groups)
+    *models.trained, optimizer = accelerator.prepare(*models.text_encoders, optimizer)
+    models.text_encoders = models.trained
     return optimizer
 
 
@@ -1312,6 +1422,7 @@ def run(accelerator, args, stop):
         "base model": digest(models.vae_digest, models.text_digest, models.unet_digest),
         "data set": digest([(record["digest"], record["captions"]) for record in records]),
         "prediction type": models.noise_scheduler.config.prediction_type,
+        "noise schedule": digest(models.noise_scheduler.alphas_cumprod.numpy()),
         "--use_8bit_adam": args.use_8bit_adam,
     }
     check_resumed(accelerator, args, state, identity)
@@ -1338,9 +1449,9 @@ def run(accelerator, args, stop):
 
     # What it leaves.
     agree(args.output_dir, main_process, save_model, args, models)
-    agree(args.output_dir, main_process, write_model_card, args, state, repo_id)
+    agree(args.output_dir, main_process, write_model_card, args, models, state, repo_id)
     output_dir = str(Path(args.output_dir).resolve())
-    accelerator.print(f"The result is in {args.output_dir}. To load it:\n\n{loading_code(args, output_dir)}\n")
+    accelerator.print(f"The result is in {args.output_dir}. To load it:\n\n{loading_code(args, models, output_dir)}\n")
     stop.exit_if_asked()
     agree(args.output_dir, main_process and args.push_to_hub, publish, args, repo_id)
 

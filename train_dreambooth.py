@@ -1,9 +1,9 @@
-"""Teaches Stable Diffusion 1.x or 2.x one subject from a few pictures of it: DreamBooth (arXiv:2208.12242).
+"""Teaches Stable Diffusion 1.x, 2.x or XL one subject from a few pictures of it: DreamBooth (arXiv:2208.12242).
 
 The UNet, and with --train_text_encoder the text encoder too, learn a prompt with a rare word such as "a photo of sks
 dog". With --with_prior_preservation, every batch holds as many pictures of the class ("a photo of dog"), drawn by the
 base model itself, and their loss keeps the class as it was. The result is a pipeline that
-StableDiffusionPipeline.from_pretrained loads.
+DiffusionPipeline.from_pretrained loads.
 
 Start reading at run, train and compute_loss. Most functions stand word for word in the sibling scripts, so that one or
 the other draw or hook has no use here.
@@ -18,6 +18,7 @@ the other draw or hook has no use here.
 
 import argparse
 import contextlib
+import copy
 import csv
 import ctypes
 import functools
@@ -124,7 +125,9 @@ def parse_args(argv=None):
     parser.add_argument("--config", help="a YAML file of flags; the command line wins over it")
 
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", required=True, help="base model: a folder in diffusers format or a Hub id")
+    add("--pretrained_model_name_or_path", required=True, help="base: a diffusers folder, Hub id or .safetensors file")
+    add("--pretrained_vae_model_name_or_path", help="a VAE to use instead of the base model's: a folder or a Hub id")
+    add("--single_file_config", help="folder or Hub id with the configs of a base that is a file")
     add("--revision", help="branch, tag or commit of the base model on the Hub")
     add("--variant", help="variant of the base model's weight files, such as fp16")
     add("--cache_dir", help="where downloads from the Hub are kept")
@@ -140,7 +143,7 @@ def parse_args(argv=None):
     add("--sample_batch_size", type=positive_int, default=4, help="class pictures to draw at once")
     add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"], help="default: fp16, fp32 on a CPU")
     add("--max_train_samples", type=positive_int, help="train on so many pictures, drawn by the seed")
-    add("--resolution", type=positive_int, default=512, help="side of the square pictures in pixels, a multiple of 8")
+    add("--resolution", type=positive_int, help="side of the square pictures in pixels (1024 for SDXL, 512 otherwise)")
     add("--center_crop", **switch, help="crop the middle instead of a random place")
     add("--random_flip", **switch, help="mirror half of the samples")
     filters = ["lanczos", "bicubic", "bilinear", "box", "hamming", "nearest", "nearest_exact"]
@@ -185,6 +188,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("loss").add_argument
     targets = ["epsilon", "v_prediction", "sample"]
     add("--prediction_type", choices=targets, help="what the UNet predicts (default: as the base model does)")
+    add("--rescale_betas_zero_snr", **switch, help="end the noise schedule in noise alone (arXiv:2305.08891)")
     add("--snr_gamma", type=functools.partial(bounded, kind=float, low=1e-6), help="gamma of Min-SNR weights, often 5")
     add("--noise_offset", type=non_negative, default=0.0, help="scale of noise that a channel shares, such as 0.1")
     add("--offset_noise", action="store_const", const=0.1, dest="noise_offset", help="the same as --noise_offset 0.1")
@@ -221,16 +225,31 @@ def lies_in(path, folder):
     return bool(path and folder) and Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 
+def base_problems(args):
+    """Lists what can be wrong with the flags that say where the base model is: (whether it is so, the sentence)."""
+    base, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+    single_file, pickled = base.endswith(".safetensors"), Path(base).suffix in (".ckpt", ".pt", ".pth", ".bin")
+    on_hub = args.revision or vars(args).get("non_ema_revision")
+    flag, hub_id = "--pretrained_model_name_or_path", functools.partial(re.fullmatch, r"[\w-][\w.-]*(/[\w.-]+)?")
+    return [
+        (pickled, f"{flag} {base} is a pickle, which can run any code as it loads: convert it to .safetensors"),
+        (single_file and not Path(base).is_file(), f"{flag} {base} is not a file"),
+        (not (single_file or hub_id(base) or Path(base).is_dir()), f"{flag} {base} is no folder and no Hub id"),
+        (single_file and on_hub, "a revision is of the Hub's, and the base model is a file"),
+        (args.single_file_config and not single_file, f"--single_file_config needs a .safetensors file, not {base}"),
+        (vae and not (hub_id(vae) or Path(vae).is_dir()), f"--pretrained_vae_model_name_or_path {vae} is no folder"),
+    ]
+
+
 def check_args(parser, args):
     """Refuses what no flag's type can know to be wrong."""
-    base, resume, prior = args.pretrained_model_name_or_path, args.resume_from_checkpoint, args.with_prior_preservation
-    hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base)
+    resume, prior = args.resume_from_checkpoint, args.with_prior_preservation
     resumable = resume in (None, "latest") or Path(resume).is_dir() or Path(args.output_dir, resume).is_dir()
     data, classes = args.instance_data_dir, args.class_data_dir
     nested = lies_in(data, classes) or lies_in(classes, data)
     precomputed = args.pre_compute_text_embeddings and args.train_text_encoder
     of_class = "--class_data_dir, a folder that may be empty, and --class_prompt"
-    problems = [
+    problems = base_problems(args) + [
         (not args.instance_data_dir, "--instance_data_dir is needed: a folder of a subject's pictures"),
         (not args.instance_prompt, "--instance_prompt is needed, such as 'a photo of sks dog'"),
         (data and not Path(data).is_dir(), f"--instance_data_dir {data} is not a folder"),
@@ -241,8 +260,7 @@ def check_args(parser, args):
         (lies_in(args.output_dir, classes), "--output_dir lies in --class_data_dir: take one beside it"),
         (classes and Path(classes).is_file(), f"--class_data_dir {classes} is a file"),
         (precomputed, "give --train_text_encoder or --pre_compute_text_embeddings, not both"),
-        (args.resolution % 8, f"--resolution {args.resolution} is not a multiple of 8"),
-        (not (hub_id or Path(base).is_dir()), f"--pretrained_model_name_or_path {base} is no folder and no Hub id"),
+        (args.resolution and args.resolution % 8, f"--resolution {args.resolution} is not a multiple of 8"),
         (args.overwrite_output_dir and resume, "give --overwrite_output_dir or --resume_from_checkpoint, not both"),
         (not resumable, f"--resume_from_checkpoint {resume} is no folder, neither here nor in {args.output_dir}"),
     ]
@@ -266,17 +284,23 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import DistributedDataParallelKwargs, gather_object, send_to_device
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UNet2DConditionModel,
+)
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
 from diffusers.utils import make_image_grid
 from huggingface_hub import ModelCardData, create_repo, upload_folder
 from PIL import Image, ImageOps, UnidentifiedImageError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 from tqdm.contrib.concurrent import thread_map
-from transformers import CLIPTextModel
 
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -284,7 +308,13 @@ VALIDATION_STEPS = 25  # of the sampler
 SMALL_SET = 10_000  # latents, of 131 kB at 512 x 512, that are kept even if this run meets each just once
 VALIDATION_DRAWS = 4  # noises and timesteps for each held-out picture
 # What is uploaded: no checkpoints, no logs, no arguments with their local paths.
-PUBLISHED = "README.md model_index.json samples/* unet/* vae/* text_encoder/* tokenizer/* scheduler/*".split()
+PUBLISHED = "README.md model_index.json samples/* unet/* vae/* text_encoder*/* tokenizer*/* scheduler/*".split()
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+# The families, by their pipelines, and what these are told beside where the files are.
+PIPELINES = {
+    "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
+    "StableDiffusionXLPipeline": {"add_watermarker": False},
+}
 STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1"} & {*dir(signal)}
 CARD = {"pipeline_tag": "text-to-image", "tags": ["stable-diffusion", "dreambooth"]}
 UNSAVED = {"config", "hub_token", "overwrite_output_dir", "resume_from_checkpoint"}
@@ -384,8 +414,9 @@ def fill_class_pictures(accelerator, args, seed, stop):
         return
     usual = "fp32" if accelerator.device.type == "cpu" else "fp16"
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
-    # The base draws as it was trained, whatever --prediction_type it is to learn.
-    pipeline = load_pipeline(argparse.Namespace(**vars(args) | {"prediction_type": None}))
+    # The base draws as it was trained, whatever it is to learn.
+    as_trained = {"prediction_type": None, "rescale_betas_zero_snr": False}
+    pipeline = load_pipeline(argparse.Namespace(**vars(args) | as_trained))
     pipeline.to(accelerator.device, dtypes.get(args.prior_generation_precision or usual, torch.float32))
     pipeline.set_progress_bar_config(disable=True)
     turns = range(0, len(names), batch_size * accelerator.num_processes)
@@ -517,8 +548,9 @@ class Samples(torch.utils.data.Dataset):
     """Samples by key (epoch, index), each a function of seed, key and picture, whatever the batch, worker or flags.
 
     A sample holds float32 arrays of the latents' shape (4, h, w): "noise", "perturbation" and "posterior_noise";
-    "offset_noise" (4, 1, 1); "timesteps"; "caption" and its cached embeddings; and the latents' cached "mean" and
-    "std", or else "pixel_values" (3, resolution, resolution) in [-1, 1].
+    "offset_noise" (4, 1, 1); "timesteps"; "caption" and its cached embeddings; the latents' cached "mean" and "std",
+    or else "pixel_values" (3, resolution, resolution) in [-1, 1]; and for SDXL "time_ids" (6,), in pixels: the file's
+    height and width, the crop's top and left, the sample's height and width.
     """
 
     def __init__(self, args, records, seed, latent_shape, num_train_timesteps):
@@ -557,7 +589,12 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         rng, variant, caption = self.place(key)
-        example = {"caption": caption}
+        index, (width, _), (left, top), flip = variant
+        side = self.args.resolution
+        # Of the picture as it was mirrored, since the crop shows its other side then (arXiv:2307.01952, section 2.2).
+        corner = (top, width - side - left if flip else left)
+        time_ids = np.array([*self.records[index]["size"][::-1], *corner, side, side], dtype=np.float32)
+        example = {"caption": caption, "time_ids": time_ids}
         for name in ("posterior_noise", "noise", "perturbation"):
             example[name] = rng.standard_normal(self.latent_shape, dtype=np.float32)
         example["offset_noise"] = rng.standard_normal((self.latent_shape[0], 1, 1), dtype=np.float32)
@@ -577,35 +614,82 @@ def weights_digest(model):
     return digest(repr(model), *(tensor.contiguous().numpy() for tensor in model.state_dict().values()))
 
 
+def open_pipeline(args, variant):
+    """Opens the base model in float32 as the pipeline that its model_index.json, or a single file's names, ask for."""
+    base, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+    files, single_file = {"cache_dir": args.cache_dir, "dtype": torch.float32}, base.endswith(".safetensors")
+    if single_file:
+        with safe_open(base, "pt") as file:
+            name = list(PIPELINES)[any(key.startswith("conditioner.") for key in file.keys())]
+    else:
+        name = DiffusionPipeline.load_config(base, revision=args.revision, cache_dir=args.cache_dir)["_class_name"]
+        if name not in PIPELINES:
+            raise SystemExit(f"{base} is a {name}, and this script trains {' and '.join(PIPELINES)}.")
+    parts = PIPELINES[name] | {"feature_extractor": None}
+    if vae:
+        parts["vae"] = AutoencoderKL.from_pretrained(vae, use_safetensors=True, **files)
+    if single_file:
+        return getattr(diffusers, name).from_single_file(base, config=args.single_file_config, **files, **parts)
+    files |= {"revision": args.revision, "variant": variant, "use_safetensors": True}
+    return getattr(diffusers, name).from_pretrained(base, **files, **parts)
+
+
 def load_pipeline(args):
-    """Loads the base model's pipeline in float32, from files in half precision if it has no others."""
+    """Loads the base model's pipeline, from files in half precision if it has no others.
+
+    Sets args.resolution to the usual one of its family unless it is given.
+    """
     base, error = args.pretrained_model_name_or_path, None
-    files = {"revision": args.revision, "cache_dir": args.cache_dir, "use_safetensors": True, "dtype": torch.float32}
-    files |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     for variant in [args.variant] if args.variant else [None, "fp16"]:
         try:
-            pipeline = StableDiffusionPipeline.from_pretrained(base, variant=variant, **files)
+            pipeline = open_pipeline(args, variant)
             break
-        except (OSError, ValueError) as caught:
+        except Exception as caught:  # diffusers raises nearly anything over files that it cannot use
             error = error or caught
     else:
         raise SystemExit(f"{base} cannot be loaded as a Stable Diffusion model of safetensors files: {error}")
-    if pipeline.unet.config.addition_embed_type or pipeline.unet.config.in_channels != 4:
-        raise SystemExit(f"{base} is no text-to-image model of Stable Diffusion 1.x or 2.x, which this script trains.")
-    prediction_type = args.prediction_type or pipeline.scheduler.config.prediction_type
-    pipeline.scheduler.register_to_config(prediction_type=prediction_type)
+    unet, scheduler = pipeline.unet.config, pipeline.scheduler
+    inpaints = {unet.in_channels, pipeline.vae.config.latent_channels} != {4}
+    refines = unet.addition_embed_type not in (None, "text_time") or pipeline.text_encoder is None
+    if inpaints or refines or "EDM" in type(scheduler).__name__:
+        raise SystemExit(
+            f"{base} is no text-to-image model of Stable Diffusion 1.x, 2.x or XL, which this script trains."
+        )
+    changes = {"prediction_type": args.prediction_type or scheduler.config.prediction_type}
+    if args.rescale_betas_zero_snr:
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    # Not all of them, such as the PNDM of SD 1.x, can sample from a schedule that ends in noise alone.
+    able = "rescale_betas_zero_snr" in scheduler.config or not args.rescale_betas_zero_snr
+    pipeline.scheduler = (type(scheduler) if able else EulerDiscreteScheduler).from_config(scheduler.config, **changes)
+    if changes["prediction_type"] == "epsilon" and pipeline.scheduler.config.get("rescale_betas_zero_snr"):
+        raise SystemExit("Where the noise schedule ends in noise alone, --prediction_type has to be v_prediction.")
     for part in (pipeline, pipeline.unet, pipeline.vae):  # their files would name a folder of this machine
         part.register_to_config(_name_or_path=Path(base).resolve().name if Path(base).exists() else base)
+    args.resolution = args.resolution or (1024 if unet.addition_embed_type else 512)
     return pipeline
+
+
+def in_float32(method, tensor, **settings):
+    """Calls a method of the VAE outside of autocast."""
+    with torch.autocast(tensor.device.type, enabled=False):
+        return method(tensor.float(), **settings)
 
 
 def name_parts(pipeline):
     """Returns a pipeline's models by the names that training gives them, all of them frozen so far."""
     models = SimpleNamespace(pipeline=pipeline, vae=pipeline.vae, unet=pipeline.unet, ema_unet=None)
-    models.tokenizers, models.text_encoders = [pipeline.tokenizer], [pipeline.text_encoder]
+    names, parts = [name for name in TEXT_ENCODERS if name in pipeline.components], pipeline.components
+    models.text_encoders = [parts[name] for name in names]
+    models.tokenizers = [parts[name.replace("text_encoder", "tokenizer")] for name in names]
     for model in (models.vae, models.unet, *models.text_encoders):
         model.requires_grad_(False)
-    models.vae_digest, models.text_digest = weights_digest(pipeline.vae), weights_digest(pipeline.text_encoder)
+    if len(models.text_encoders) > 1 and models.vae.config.force_upcast:  # SDXL's overflows in half precision
+        for name in ("encode", "decode"):
+            setattr(models.vae, name, functools.partial(in_float32, getattr(models.vae, name)))
+    models.vae_digest, models.text_digest = (
+        weights_digest(models.vae),
+        digest(*map(weights_digest, models.text_encoders)),
+    )
     models.noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     models.idle = []  # frozen models that no step needs, kept in CPU memory
     return models
@@ -628,15 +712,26 @@ def encode_pixels(vae, pixel_values):
     return {name: torch.cat([getattr(p, name) for p in posteriors]).float() for name in ("mean", "std")}
 
 
-def encode_prompts(tokenizers, text_encoders, prompts):
-    """Returns the conditioning of some prompts: "encoder_hidden_states" (bsz, tokens, dim) in float32."""
-    hidden_states = []
-    for tokenizer, text_encoder in zip(tokenizers, text_encoders):
+def encode_prompts(models, prompts):
+    """Returns the conditioning of some prompts, as a dict of float32 tensors.
+
+    "encoder_hidden_states" (bsz, tokens, dim), and for SDXL the pooled "text_embeds" (bsz, dim).
+    """
+    hidden_states, xl = [], len(models.text_encoders) > 1
+    for tokenizer, text_encoder in zip(models.tokenizers, models.text_encoders):
         ids = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         # One prompt a forward pass, as with pictures, unless gradients have to flow back through a single one.
         rows = ids.to(text_encoder.device).split(len(ids) if text_encoder.training else 1)
-        hidden_states.append(torch.cat([text_encoder(row)[0] for row in rows]).float())
-    return {"encoder_hidden_states": torch.cat(hidden_states, dim=-1)}
+        outputs = [text_encoder(row, output_hidden_states=xl) for row in rows]
+        # SDXL takes both encoders' last layer but one (arXiv:2307.01952, section 2.1).
+        hidden_states.append(torch.cat([out.hidden_states[-2] if xl else out[0] for out in outputs]).float())
+    conditioning = {"encoder_hidden_states": torch.cat(hidden_states, dim=-1)}
+    if xl:
+        conditioning["text_embeds"] = torch.cat([out.text_embeds for out in outputs]).float()
+    if models.pipeline.config.get("force_zeros_for_empty_prompt"):  # SDXL's stand-in for a prompt that is not given
+        for tensor in conditioning.values():
+            tensor[[not prompt for prompt in prompts]] = 0
+    return conditioning
 
 
 def cache_folder(args):
@@ -662,7 +757,7 @@ def fill_entry(models, file, samples, what):
         load_file(file)
     except (OSError, SafetensorError):  # there is none yet, or it is torn
         if isinstance(what, str):
-            tensors = encode_prompts(models.tokenizers, models.text_encoders, [what])
+            tensors = encode_prompts(models, [what])
         else:
             tensors = encode_pixels(models.vae, samples.pixels(what)[None].to(models.vae.device))
         replace_file(file, save({name: tensor[0].cpu().contiguous() for name, tensor in tensors.items()}))
@@ -722,14 +817,14 @@ def fill_cache(accelerator, args, models, visits, stop):
 
 
 def encode_batch(models, batch):
-    """Returns a batch's latents (bsz, 4, h, w) and embeddings (bsz, tokens, dim), cached ones if it has them."""
+    """Returns a batch's latents (bsz, 4, h, w), embeddings (bsz, tokens, dim) and, for SDXL, added_cond_kwargs."""
     if "mean" not in batch:
         batch = batch | encode_pixels(models.vae, batch["pixel_values"])
     if "encoder_hidden_states" not in batch:
-        batch = batch | encode_prompts(models.tokenizers, models.text_encoders, batch["caption"])
+        batch = batch | encode_prompts(models, batch["caption"])
     # Every step draws anew from the posterior, also where its mean and std are cached.
     latents = (batch["mean"] + batch["std"] * batch["posterior_noise"]) * models.vae.config.scaling_factor
-    return latents, batch["encoder_hidden_states"]
+    return latents, batch["encoder_hidden_states"], {name: batch.get(name) for name in ("text_embeds", "time_ids")}
 
 
 # Objective
@@ -746,14 +841,15 @@ def snr_weights(noise_scheduler, timesteps, snr_gamma):
 
 def compute_loss(models, batch, args):
     """Returns the "loss" of a batch, and with prior preservation the "instance_loss" and "prior_loss" it adds up."""
-    latents, encoder_hidden_states = encode_batch(models, batch)
+    latents, encoder_hidden_states, added_cond_kwargs = encode_batch(models, batch)
     timesteps, noise_scheduler = batch["timesteps"], models.noise_scheduler
     noise = batch["noise"] + args.noise_offset * batch["offset_noise"]
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     velocity = noise_scheduler.get_velocity(latents, noise, timesteps)
     targets = {"epsilon": noise, "v_prediction": velocity, "sample": latents}
     target = targets[noise_scheduler.config.prediction_type]
-    model_pred = models.unet(noisy_latents, timesteps, encoder_hidden_states).sample
+    conditioning = {"encoder_hidden_states": encoder_hidden_states, "added_cond_kwargs": added_cond_kwargs}
+    model_pred = models.unet(noisy_latents, timesteps, **conditioning).sample
     loss = F.mse_loss(model_pred.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
     loss = loss * snr_weights(noise_scheduler, timesteps, args.snr_gamma)
     if not args.with_prior_preservation or len(loss) == 1:  # a held-out picture comes alone, pairs never
@@ -774,9 +870,8 @@ def picture_prompts(args):
 def sample_picture(args, models, prompt, generator):
     """Draws a validation picture."""
     scheduler = {"DDPMScheduler": DDPMScheduler}.get(args.validation_scheduler, DPMSolverMultistepScheduler)
-    parts = models.pipeline.components | {"scheduler": scheduler.from_config(models.pipeline.scheduler.config)}
-    pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = copy.copy(models.pipeline)  # whose own scheduler is saved
+    pipeline.scheduler = scheduler.from_config(models.pipeline.scheduler.config)
     settings = {"height": args.resolution, "width": args.resolution, "num_inference_steps": VALIDATION_STEPS}
     return pipeline(prompt, generator=generator, **settings).images[0]
 
@@ -921,16 +1016,17 @@ def agree(folder, here, function, *arguments):
 def save_weights(models, folder):
     """Writes a checkpoint's models, each in a folder that diffusers or transformers loads."""
     models.pipeline.unet.save_pretrained(folder / "unet")
-    if len(models.trained) > 1:
-        models.pipeline.text_encoder.save_pretrained(folder / "text_encoder")
+    for name in TEXT_ENCODERS[: len(models.trained) - 1]:
+        models.pipeline.components[name].save_pretrained(folder / name)
 
 
 def load_weights(models, folder):
     """Reads a checkpoint's models into those that are being trained."""
     models.pipeline.unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder / "unet").state_dict())
-    if len(models.trained) > 1:
-        saved = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
-        models.pipeline.text_encoder.load_state_dict(saved.state_dict())
+    for name in TEXT_ENCODERS[: len(models.trained) - 1]:
+        text_encoder = models.pipeline.components[name]
+        saved = type(text_encoder).from_pretrained(folder / name, dtype=torch.float32)
+        text_encoder.load_state_dict(saved.state_dict())
 
 
 def write_checkpoint(accelerator, args, models, state, folder):
@@ -1068,17 +1164,17 @@ def save_model(args, models):
     models.pipeline.save_pretrained(args.output_dir)
 
 
-def loading_code(args, name):
+def loading_code(args, models, name):
     """Returns the lines that load the result by its name and make a picture."""
     return (
-        "from diffusers import StableDiffusionPipeline\n\n"
-        f"pipeline = StableDiffusionPipeline.from_pretrained({name!r})\n"
+        "from diffusers import DiffusionPipeline\n\n"
+        f"pipeline = DiffusionPipeline.from_pretrained({name!r})\n"
         f"prompt = {(args.validation_prompt or args.instance_prompt)!r}\n"
         f"pipeline(prompt, height={args.resolution}, width={args.resolution}).images[0].save('picture.png')"
     )
 
 
-def write_model_card(args, state, repo_id):
+def write_model_card(args, models, state, repo_id):
     """Writes README.md: base, data, settings, loss curve, sample grid, and how to load the result."""
     metrics = Path(args.output_dir, args.logging_dir, "metrics.jsonl").read_text().splitlines()
     losses = [row["loss"] for row in map(json.loads, metrics) if "loss" in row]
@@ -1097,7 +1193,7 @@ def write_model_card(args, state, repo_id):
     card = [f"---\n{header}\n---\n\n# {repo_id}"]
     card += [f"{base}, trained on {data or 'local pictures'}."]
     card += ["The base model's licence applies."] if given[0] else []
-    card += ["## Load it", f"```python\n{loading_code(args, repo_id)}\n```", "## Training"]
+    card += ["## Load it", f"```python\n{loading_code(args, models, repo_id)}\n```", "## Training"]
     if Path(args.output_dir, grid).exists():
         card += [f"![samples]({grid})", *(f"- {prompt}" for prompt in dict.fromkeys(picture_prompts(args)) if prompt)]
     card += [f"{state.global_step} steps. Loss from {points[0]:.4f} to {points[-1]:.4f}: `{curve}`"]
@@ -1379,6 +1475,7 @@ def run(accelerator, args, stop):
         "--with_prior_preservation": args.with_prior_preservation,
         "data set": digest([(record["digest"], record["captions"]) for record in records]),
         "prediction type": models.noise_scheduler.config.prediction_type,
+        "noise schedule": digest(models.noise_scheduler.alphas_cumprod.numpy()),
         "--use_8bit_adam": args.use_8bit_adam,
     }
     check_resumed(accelerator, args, state, identity)
@@ -1404,8 +1501,9 @@ def run(accelerator, args, stop):
 
     # What it leaves.
     agree(args.output_dir, main_process, save_model, args, models)
-    agree(args.output_dir, main_process, write_model_card, args, state, repo_id)
-    accelerator.print(f"The result is in {args.output_dir}. To load it:\n\n{loading_code(args, args.output_dir)}\n")
+    agree(args.output_dir, main_process, write_model_card, args, models, state, repo_id)
+    code = loading_code(args, models, args.output_dir)
+    accelerator.print(f"The result is in {args.output_dir}. To load it:\n\n{code}\n")
     stop.exit_if_asked()
     agree(args.output_dir, main_process and args.push_to_hub, publish, args, repo_id)
 

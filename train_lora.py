@@ -1,4 +1,4 @@
-"""Trains low-rank adapters (LoRA, arXiv:2106.09685) of Stable Diffusion 1.x or 2.x: a few megabytes beside the base.
+"""Trains low-rank adapters (LoRA, arXiv:2106.09685) of Stable Diffusion 1.x, 2.x or XL: a few megabytes.
 
 Two ways: on captioned pictures, or with --instance_prompt on a few pictures of one subject (DreamBooth,
 arXiv:2208.12242), whose defaults differ (see WAYS). The UNet, and with --train_text_encoder the text encoder too, keep
@@ -56,6 +56,26 @@ REFUSED = {
     "--text_encoder_use_attention_mask": DEEPFLOYD,
     "--validation_images": DEEPFLOYD,
     "--class_labels_conditioning": DEEPFLOYD,
+    "--do_edm_style_training": "it is for Playground v2.5, which this script does not train, so leave it out",
+    "--enable_npu_flash_attention": "Ascend's processors are not supported, so leave this flag out",
+    "--debug_loss": "no loss of single pictures is kept; see --validation_samples for one to watch",
+}
+# Layers of SDXL's UNet as its first publication named them, which is what kohya's scripts go by; the rest: sgm_name.
+SGM = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+    "conv_out": "out.2",
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+    "downsamplers.0.conv": "downsamplers.0.op",
 }
 # The defaults of the two ways: on captioned pictures, and on pictures of --instance_prompt.
 WAYS = {
@@ -77,6 +97,14 @@ def bounded(text, kind, low, high=math.inf):
     raise argparse.ArgumentTypeError(f"must be a number of type {kind.__name__} from {low} to {high}, not {text}")
 
 
+def truth(text):
+    """Parses a yes or no in any of YAML's ways."""
+    value = yaml.safe_load(text)
+    if not isinstance(value, bool):
+        raise argparse.ArgumentTypeError(f"must be true or false, not {text}")
+    return value
+
+
 positive_int = functools.partial(bounded, kind=int, low=1)
 natural_int = functools.partial(bounded, kind=int, low=0)
 non_negative = functools.partial(bounded, kind=float, low=0.0)
@@ -84,6 +112,7 @@ fraction = functools.partial(bounded, kind=float, low=0.0, high=1.0)
 below_one = functools.partial(bounded, kind=float, low=0.0, high=0.999999)
 positive_float = functools.partial(bounded, kind=float, low=1e-6)
 switch = {"action": argparse.BooleanOptionalAction, "default": False}
+yes_or_no = {"type": truth, "nargs": "?", "const": True, "default": True}
 # Flags that say the same in other words.
 REPLACES = {
     "validation_steps": "validation_epochs",
@@ -137,7 +166,9 @@ def parse_args(argv=None):
     parser.add_argument("--config", help="a YAML file of flags; the command line wins over it")
 
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", required=True, help="base model: a folder in diffusers format or a Hub id")
+    add("--pretrained_model_name_or_path", required=True, help="base: a diffusers folder, Hub id or .safetensors file")
+    add("--pretrained_vae_model_name_or_path", help="a VAE to use instead of the base model's: a folder or a Hub id")
+    add("--single_file_config", help="folder or Hub id with the configs of a base that is a file")
     add("--revision", help="branch, tag or commit of the base model on the Hub")
     add("--variant", help="variant of the base model's weight files, such as fp16")
     add("--cache_dir", help="where downloads from the Hub are kept")
@@ -157,8 +188,9 @@ def parse_args(argv=None):
     add("--sample_batch_size", type=positive_int, default=4, help="class pictures to draw at once")
     add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"], help="default: fp16, fp32 on a CPU")
     add("--max_train_samples", type=positive_int, help="train on so many pictures, drawn by the seed")
-    add("--resolution", type=positive_int, default=512, help="side of the square pictures in pixels, a multiple of 8")
+    add("--resolution", type=positive_int, help="side of the square pictures in pixels (1024 for SDXL, 512 otherwise)")
     add("--center_crop", **switch, help="crop the middle instead of a random place")
+    add("--repeats", type=positive_int, default=1, help="passes over the pictures that make an epoch")
     add("--random_flip", **switch, help="mirror half of the samples")
     filters = ["lanczos", "bicubic", "bilinear", "box", "hamming", "nearest", "nearest_exact"]
     add("--image_interpolation_mode", default="lanczos", choices=filters, help="filter that resizes the pictures")
@@ -193,10 +225,15 @@ def parse_args(argv=None):
     add("--lr_num_cycles", type=positive_int, default=1, help="restarts of cosine_with_restarts")
     add("--lr_power", type=non_negative, default=1.0, help="power of polynomial")
     add("--optimizer", type=str.lower, default="adamw", choices=["adamw", "prodigy"], help="prodigy finds its rate")
+    add("--prodigy_beta3", type=below_one, help="decay of Prodigy's estimates (default: the root of --adam_beta2)")
+    add("--prodigy_decouple", **yes_or_no, help="Prodigy's weight decay as AdamW's, not as Adam's")
+    add("--prodigy_use_bias_correction", **yes_or_no, help="Adam's bias correction in Prodigy")
+    add("--prodigy_safeguard_warmup", **yes_or_no, help="keep a warmup out of what Prodigy takes for its rate")
     add("--use_8bit_adam", **switch, help="8-bit AdamW of bitsandbytes: a quarter of the optimizer's memory")
     add("--adam_beta1", type=below_one, default=0.9, help="decay of the gradients' mean")
     add("--adam_beta2", type=below_one, default=0.999, help="decay of the gradients' square")
     add("--adam_weight_decay", type=non_negative, default=1e-2, help="decoupled weight decay")
+    add("--adam_weight_decay_text_encoder", type=non_negative, help="of text encoders (default: --adam_weight_decay)")
     add("--adam_epsilon", type=non_negative, default=1e-8, help="added to the denominator")
     add("--max_grad_norm", type=non_negative, default=1.0, help="norm to scale larger gradients down to; 0: none")
     add = parser.add_argument_group("adapter").add_argument
@@ -211,6 +248,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("loss").add_argument
     targets = ["epsilon", "v_prediction", "sample"]
     add("--prediction_type", choices=targets, help="what the UNet predicts (default: as the base model does)")
+    add("--rescale_betas_zero_snr", **switch, help="end the noise schedule in noise alone (arXiv:2305.08891)")
     add("--snr_gamma", type=positive_float, help="gamma of Min-SNR weights, often 5")
     add("--noise_offset", type=non_negative, default=0.0, help="scale of noise that a channel shares, such as 0.1")
     add("--offset_noise", action="store_const", const=0.1, dest="noise_offset", help="the same as --noise_offset 0.1")
@@ -246,6 +284,22 @@ def lies_in(path, folder):
     return bool(path and folder) and Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 
+def base_problems(args):
+    """Lists what can be wrong with the flags that say where the base model is: (whether it is so, the sentence)."""
+    base, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+    single_file, pickled = base.endswith(".safetensors"), Path(base).suffix in (".ckpt", ".pt", ".pth", ".bin")
+    on_hub = args.revision or vars(args).get("non_ema_revision")
+    flag, hub_id = "--pretrained_model_name_or_path", functools.partial(re.fullmatch, r"[\w-][\w.-]*(/[\w.-]+)?")
+    return [
+        (pickled, f"{flag} {base} is a pickle, which can run any code as it loads: convert it to .safetensors"),
+        (single_file and not Path(base).is_file(), f"{flag} {base} is not a file"),
+        (not (single_file or hub_id(base) or Path(base).is_dir()), f"{flag} {base} is no folder and no Hub id"),
+        (single_file and on_hub, "a revision is of the Hub's, and the base model is a file"),
+        (args.single_file_config and not single_file, f"--single_file_config needs a .safetensors file, not {base}"),
+        (vae and not (hub_id(vae) or Path(vae).is_dir()), f"--pretrained_vae_model_name_or_path {vae} is no folder"),
+    ]
+
+
 def check_args(parser, args):
     """Fills in what depends on the way, and refuses what no flag's type can know to be wrong."""
     if args.optimizer == "prodigy" and args.learning_rate is None:
@@ -253,15 +307,14 @@ def check_args(parser, args):
     for name, defaults in WAYS.items():
         if getattr(args, name) is None and not (name == "validation_epochs" and args.validation_steps):
             setattr(args, name, defaults[args.instance_prompt is not None])
-    base, resume, prior = args.pretrained_model_name_or_path, args.resume_from_checkpoint, args.with_prior_preservation
-    hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base)
+    resume, prior = args.resume_from_checkpoint, args.with_prior_preservation
     resumable = resume in (None, "latest") or Path(resume).is_dir() or Path(args.output_dir, resume).is_dir()
     sources = [source for source in (args.train_data_dir, args.dataset_name, args.instance_data_dir) if source]
     folder = args.train_data_dir or args.instance_data_dir
     nested = lies_in(args.class_data_dir, folder) or lies_in(folder, args.class_data_dir)
     precomputed = args.pre_compute_text_embeddings and args.train_text_encoder
     prodigy, text_lr = args.optimizer == "prodigy", args.text_encoder_lr is not None
-    problems = [
+    problems = base_problems(args) + [
         (len(sources) != 1, "give the pictures by one of --train_data_dir, --dataset_name and --instance_data_dir"),
         (folder and not Path(folder).is_dir(), f"{folder} of --train_data_dir or --instance_data_dir is not a folder"),
         (lies_in(args.output_dir, folder), f"--output_dir lies in {folder}: its samples would be trained on"),
@@ -283,8 +336,7 @@ def check_args(parser, args):
             "--optimizer prodigy finds its rate: --learning_rate should be about 1",
         ),
         (args.use_dora and args.output_kohya_format, "--output_kohya_format cannot hold what --use_dora learns"),
-        (args.resolution % 8, f"--resolution {args.resolution} is not a multiple of 8"),
-        (not (hub_id or Path(base).is_dir()), f"--pretrained_model_name_or_path {base} is no folder and no Hub id"),
+        (args.resolution and args.resolution % 8, f"--resolution {args.resolution} is not a multiple of 8"),
         (args.validation_steps and args.validation_epochs, "give --validation_steps or --validation_epochs, not both"),
         (args.overwrite_output_dir and resume, "give --overwrite_output_dir or --resume_from_checkpoint, not both"),
         (not resumable, f"--resume_from_checkpoint {resume} is no folder, neither here nor in {args.output_dir}"),
@@ -310,7 +362,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import DistributedDataParallelKwargs, gather_object, send_to_device
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, EulerDiscreteScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
 from diffusers.utils import make_image_grid
@@ -318,7 +370,7 @@ from huggingface_hub import ModelCardData, create_repo, upload_folder
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageOps, UnidentifiedImageError
 from prodigyopt import Prodigy
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from tqdm.auto import tqdm
 from tqdm.contrib.concurrent import thread_map
@@ -330,6 +382,12 @@ SMALL_SET = 10_000  # latents, of 131 kB at 512 x 512, that are kept even if thi
 VALIDATION_DRAWS = 4  # noises and timesteps for each held-out picture
 # What is uploaded: no checkpoints, no logs, no arguments with their local paths.
 PUBLISHED = "README.md samples/* pytorch_lora_weights.safetensors pytorch_lora_weights_kohya.safetensors".split()
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+# The families, by their pipelines, and what these are told beside where the files are.
+PIPELINES = {
+    "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
+    "StableDiffusionXLPipeline": {"add_watermarker": False},
+}
 STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1"} & {*dir(signal)}
 CARD = {"pipeline_tag": "text-to-image", "tags": ["stable-diffusion", "lora"]}
 UNSAVED = {"config", "hub_token", "overwrite_output_dir", "resume_from_checkpoint"}
@@ -457,8 +515,9 @@ def fill_class_pictures(accelerator, args, seed, stop):
         return
     usual = "fp32" if accelerator.device.type == "cpu" else "fp16"
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
-    # The base draws as it was trained, whatever --prediction_type it is to learn.
-    pipeline = load_pipeline(argparse.Namespace(**vars(args) | {"prediction_type": None}))
+    # The base draws as it was trained, whatever it is to learn.
+    as_trained = {"prediction_type": None, "rescale_betas_zero_snr": False}
+    pipeline = load_pipeline(argparse.Namespace(**vars(args) | as_trained))
     pipeline.to(accelerator.device, dtypes.get(args.prior_generation_precision or usual, torch.float32))
     pipeline.set_progress_bar_config(disable=True)
     turns = range(0, len(names), batch_size * accelerator.num_processes)
@@ -590,8 +649,9 @@ class Samples(torch.utils.data.Dataset):
     """Samples by key (epoch, index), each a function of seed, key and picture, whatever the batch, worker or flags.
 
     A sample holds float32 arrays of the latents' shape (4, h, w): "noise", "perturbation" and "posterior_noise";
-    "offset_noise" (4, 1, 1); "timesteps"; "caption" and its cached embeddings; and the latents' cached "mean" and
-    "std", or else "pixel_values" (3, resolution, resolution) in [-1, 1].
+    "offset_noise" (4, 1, 1); "timesteps"; "caption" and its cached embeddings; the latents' cached "mean" and "std",
+    or else "pixel_values" (3, resolution, resolution) in [-1, 1]; and for SDXL "time_ids" (6,), in pixels: the file's
+    height and width, the crop's top and left, the sample's height and width.
     """
 
     def __init__(self, args, records, seed, latent_shape, num_train_timesteps):
@@ -630,7 +690,12 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         rng, variant, caption = self.place(key)
-        example = {"caption": caption}
+        index, (width, _), (left, top), flip = variant
+        side = self.args.resolution
+        # Of the picture as it was mirrored, since the crop shows its other side then (arXiv:2307.01952, section 2.2).
+        corner = (top, width - side - left if flip else left)
+        time_ids = np.array([*self.records[index]["size"][::-1], *corner, side, side], dtype=np.float32)
+        example = {"caption": caption, "time_ids": time_ids}
         for name in ("posterior_noise", "noise", "perturbation"):
             example[name] = rng.standard_normal(self.latent_shape, dtype=np.float32)
         example["offset_noise"] = rng.standard_normal((self.latent_shape[0], 1, 1), dtype=np.float32)
@@ -650,35 +715,82 @@ def weights_digest(model):
     return digest(repr(model), *(tensor.contiguous().numpy() for tensor in model.state_dict().values()))
 
 
+def open_pipeline(args, variant):
+    """Opens the base model in float32 as the pipeline that its model_index.json, or a single file's names, ask for."""
+    base, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+    files, single_file = {"cache_dir": args.cache_dir, "dtype": torch.float32}, base.endswith(".safetensors")
+    if single_file:
+        with safe_open(base, "pt") as file:
+            name = list(PIPELINES)[any(key.startswith("conditioner.") for key in file.keys())]
+    else:
+        name = DiffusionPipeline.load_config(base, revision=args.revision, cache_dir=args.cache_dir)["_class_name"]
+        if name not in PIPELINES:
+            raise SystemExit(f"{base} is a {name}, and this script trains {' and '.join(PIPELINES)}.")
+    parts = PIPELINES[name] | {"feature_extractor": None}
+    if vae:
+        parts["vae"] = AutoencoderKL.from_pretrained(vae, use_safetensors=True, **files)
+    if single_file:
+        return getattr(diffusers, name).from_single_file(base, config=args.single_file_config, **files, **parts)
+    files |= {"revision": args.revision, "variant": variant, "use_safetensors": True}
+    return getattr(diffusers, name).from_pretrained(base, **files, **parts)
+
+
 def load_pipeline(args):
-    """Loads the base model's pipeline in float32, from files in half precision if it has no others."""
+    """Loads the base model's pipeline, from files in half precision if it has no others.
+
+    Sets args.resolution to the usual one of its family unless it is given.
+    """
     base, error = args.pretrained_model_name_or_path, None
-    files = {"revision": args.revision, "cache_dir": args.cache_dir, "use_safetensors": True, "dtype": torch.float32}
-    files |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     for variant in [args.variant] if args.variant else [None, "fp16"]:
         try:
-            pipeline = StableDiffusionPipeline.from_pretrained(base, variant=variant, **files)
+            pipeline = open_pipeline(args, variant)
             break
-        except (OSError, ValueError) as caught:
+        except Exception as caught:  # diffusers raises nearly anything over files that it cannot use
             error = error or caught
     else:
         raise SystemExit(f"{base} cannot be loaded as a Stable Diffusion model of safetensors files: {error}")
-    if pipeline.unet.config.addition_embed_type or pipeline.unet.config.in_channels != 4:
-        raise SystemExit(f"{base} is no text-to-image model of Stable Diffusion 1.x or 2.x, which this script trains.")
-    prediction_type = args.prediction_type or pipeline.scheduler.config.prediction_type
-    pipeline.scheduler.register_to_config(prediction_type=prediction_type)
+    unet, scheduler = pipeline.unet.config, pipeline.scheduler
+    inpaints = {unet.in_channels, pipeline.vae.config.latent_channels} != {4}
+    refines = unet.addition_embed_type not in (None, "text_time") or pipeline.text_encoder is None
+    if inpaints or refines or "EDM" in type(scheduler).__name__:
+        raise SystemExit(
+            f"{base} is no text-to-image model of Stable Diffusion 1.x, 2.x or XL, which this script trains."
+        )
+    changes = {"prediction_type": args.prediction_type or scheduler.config.prediction_type}
+    if args.rescale_betas_zero_snr:
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    # Not all of them, such as the PNDM of SD 1.x, can sample from a schedule that ends in noise alone.
+    able = "rescale_betas_zero_snr" in scheduler.config or not args.rescale_betas_zero_snr
+    pipeline.scheduler = (type(scheduler) if able else EulerDiscreteScheduler).from_config(scheduler.config, **changes)
+    if changes["prediction_type"] == "epsilon" and pipeline.scheduler.config.get("rescale_betas_zero_snr"):
+        raise SystemExit("Where the noise schedule ends in noise alone, --prediction_type has to be v_prediction.")
     for part in (pipeline, pipeline.unet, pipeline.vae):  # their files would name a folder of this machine
         part.register_to_config(_name_or_path=Path(base).resolve().name if Path(base).exists() else base)
+    args.resolution = args.resolution or (1024 if unet.addition_embed_type else 512)
     return pipeline
+
+
+def in_float32(method, tensor, **settings):
+    """Calls a method of the VAE outside of autocast."""
+    with torch.autocast(tensor.device.type, enabled=False):
+        return method(tensor.float(), **settings)
 
 
 def name_parts(pipeline):
     """Returns a pipeline's models by the names that training gives them, all of them frozen so far."""
     models = SimpleNamespace(pipeline=pipeline, vae=pipeline.vae, unet=pipeline.unet, ema_unet=None)
-    models.tokenizers, models.text_encoders = [pipeline.tokenizer], [pipeline.text_encoder]
+    names, parts = [name for name in TEXT_ENCODERS if name in pipeline.components], pipeline.components
+    models.text_encoders = [parts[name] for name in names]
+    models.tokenizers = [parts[name.replace("text_encoder", "tokenizer")] for name in names]
     for model in (models.vae, models.unet, *models.text_encoders):
         model.requires_grad_(False)
-    models.vae_digest, models.text_digest = weights_digest(pipeline.vae), weights_digest(pipeline.text_encoder)
+    if len(models.text_encoders) > 1 and models.vae.config.force_upcast:  # SDXL's overflows in half precision
+        for name in ("encode", "decode"):
+            setattr(models.vae, name, functools.partial(in_float32, getattr(models.vae, name)))
+    models.vae_digest, models.text_digest = (
+        weights_digest(models.vae),
+        digest(*map(weights_digest, models.text_encoders)),
+    )
     models.noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     models.idle = []  # frozen models that no step needs, kept in CPU memory
     return models
@@ -697,9 +809,10 @@ def load_models(args):
     for target in targets:  # peft would pass over a wrong name beside right ones
         if not any(f".{layer}".endswith(f".{target}") for layer in layers):
             raise SystemExit(f"--lora_target_modules {target}: the UNet has no linear layer or convolution so named.")
-    for model, names in zip(models.trained, (targets, ["q_proj", "k_proj", "v_proj", "out_proj"])):
+    for model in models.trained:
+        names = targets if model is models.unet else ["q_proj", "k_proj", "v_proj", "out_proj"]
         model.add_adapter(LoraConfig(target_modules=names, **settings))
-    models.adapters = dict(zip(("unet", "text_encoder"), models.trained))  # by part, as files and pipelines name them
+    models.adapters = dict(zip(("unet", *TEXT_ENCODERS), models.trained))  # by part, as files and pipelines name them
     models.params_to_optimize = [p for model in models.trained for p in model.parameters() if p.requires_grad]
     return models
 
@@ -711,15 +824,26 @@ def encode_pixels(vae, pixel_values):
     return {name: torch.cat([getattr(p, name) for p in posteriors]).float() for name in ("mean", "std")}
 
 
-def encode_prompts(tokenizers, text_encoders, prompts):
-    """Returns the conditioning of some prompts: "encoder_hidden_states" (bsz, tokens, dim) in float32."""
-    hidden_states = []
-    for tokenizer, text_encoder in zip(tokenizers, text_encoders):
+def encode_prompts(models, prompts):
+    """Returns the conditioning of some prompts, as a dict of float32 tensors.
+
+    "encoder_hidden_states" (bsz, tokens, dim), and for SDXL the pooled "text_embeds" (bsz, dim).
+    """
+    hidden_states, xl = [], len(models.text_encoders) > 1
+    for tokenizer, text_encoder in zip(models.tokenizers, models.text_encoders):
         ids = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         # One prompt a forward pass, as with pictures, unless gradients have to flow back through a single one.
         rows = ids.to(text_encoder.device).split(len(ids) if text_encoder.training else 1)
-        hidden_states.append(torch.cat([text_encoder(row)[0] for row in rows]).float())
-    return {"encoder_hidden_states": torch.cat(hidden_states, dim=-1)}
+        outputs = [text_encoder(row, output_hidden_states=xl) for row in rows]
+        # SDXL takes both encoders' last layer but one (arXiv:2307.01952, section 2.1).
+        hidden_states.append(torch.cat([out.hidden_states[-2] if xl else out[0] for out in outputs]).float())
+    conditioning = {"encoder_hidden_states": torch.cat(hidden_states, dim=-1)}
+    if xl:
+        conditioning["text_embeds"] = torch.cat([out.text_embeds for out in outputs]).float()
+    if models.pipeline.config.get("force_zeros_for_empty_prompt"):  # SDXL's stand-in for a prompt that is not given
+        for tensor in conditioning.values():
+            tensor[[not prompt for prompt in prompts]] = 0
+    return conditioning
 
 
 def cache_folder(args):
@@ -745,7 +869,7 @@ def fill_entry(models, file, samples, what):
         load_file(file)
     except (OSError, SafetensorError):  # there is none yet, or it is torn
         if isinstance(what, str):
-            tensors = encode_prompts(models.tokenizers, models.text_encoders, [what])
+            tensors = encode_prompts(models, [what])
         else:
             tensors = encode_pixels(models.vae, samples.pixels(what)[None].to(models.vae.device))
         replace_file(file, save({name: tensor[0].cpu().contiguous() for name, tensor in tensors.items()}))
@@ -805,14 +929,14 @@ def fill_cache(accelerator, args, models, visits, stop):
 
 
 def encode_batch(models, batch):
-    """Returns a batch's latents (bsz, 4, h, w) and embeddings (bsz, tokens, dim), cached ones if it has them."""
+    """Returns a batch's latents (bsz, 4, h, w), embeddings (bsz, tokens, dim) and, for SDXL, added_cond_kwargs."""
     if "mean" not in batch:
         batch = batch | encode_pixels(models.vae, batch["pixel_values"])
     if "encoder_hidden_states" not in batch:
-        batch = batch | encode_prompts(models.tokenizers, models.text_encoders, batch["caption"])
+        batch = batch | encode_prompts(models, batch["caption"])
     # Every step draws anew from the posterior, also where its mean and std are cached.
     latents = (batch["mean"] + batch["std"] * batch["posterior_noise"]) * models.vae.config.scaling_factor
-    return latents, batch["encoder_hidden_states"]
+    return latents, batch["encoder_hidden_states"], {name: batch.get(name) for name in ("text_embeds", "time_ids")}
 
 
 # Objective
@@ -829,14 +953,15 @@ def snr_weights(noise_scheduler, timesteps, snr_gamma):
 
 def compute_loss(models, batch, args):
     """Returns the "loss" of a batch, and with prior preservation the "instance_loss" and "prior_loss" it adds up."""
-    latents, encoder_hidden_states = encode_batch(models, batch)
+    latents, encoder_hidden_states, added_cond_kwargs = encode_batch(models, batch)
     timesteps, noise_scheduler = batch["timesteps"], models.noise_scheduler
     noise = batch["noise"] + args.noise_offset * batch["offset_noise"]
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     velocity = noise_scheduler.get_velocity(latents, noise, timesteps)
     targets = {"epsilon": noise, "v_prediction": velocity, "sample": latents}
     target = targets[noise_scheduler.config.prediction_type]
-    model_pred = models.unet(noisy_latents, timesteps, encoder_hidden_states).sample
+    conditioning = {"encoder_hidden_states": encoder_hidden_states, "added_cond_kwargs": added_cond_kwargs}
+    model_pred = models.unet(noisy_latents, timesteps, **conditioning).sample
     loss = F.mse_loss(model_pred.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
     loss = loss * snr_weights(noise_scheduler, timesteps, args.snr_gamma)
     if not args.with_prior_preservation or len(loss) == 1:  # a held-out picture comes alone, pairs never
@@ -999,7 +1124,7 @@ def agree(folder, here, function, *arguments):
 
 def file_key(part, key):
     """Returns the name in a file of what peft calls key: of text encoders, as it was before transformers 5.6."""
-    if part == "text_encoder":
+    if part != "unet":
         key = f"text_model.{key.removeprefix('text_model.')}"
         key = re.sub("magnitude_vector$", "magnitude_vector.weight", key)
     return key
@@ -1015,7 +1140,7 @@ def save_weights(models, folder):
         # No path of this machine, and no set, whose order differs from run to run.
         config |= {"base_model_name_or_path": None, "target_modules": sorted(config["target_modules"])}
         settings[f"{part}_lora_adapter_metadata"] = config
-    StableDiffusionPipeline.save_lora_weights(folder, **settings)
+    models.pipeline.save_lora_weights(folder, **settings)
 
 
 def load_weights(models, folder):
@@ -1156,20 +1281,37 @@ def load_checkpoint(accelerator, models, optimizer, checkpoint):
 # Publishing
 
 
+def sgm_name(layer, layers_per_block):
+    """Names a layer of SDXL's UNet as its first publication did."""
+    for ours, theirs in SGM.items():
+        layer = layer.replace(ours, theirs)
+    if found := re.match(r"(down|up)_blocks\.(\d)\.(resnets|attentions|downsamplers|upsamplers)\.(\d)", layer):
+        way, block, kind, i = found.groups()
+        stride = layers_per_block + 1
+        number, part = (stride - 1, 2 if way == "up" else 0) if "samplers" in kind else (int(i), kind == "attentions")
+        number += int(block) * stride + (way == "down")
+        layer = f"{'input' if way == 'down' else 'output'}_blocks.{number}.{int(part)}{layer[found.end() :]}"
+    return layer
+
+
 def save_kohya(args, models):
     """Writes the adapters under the names and with the metadata of kohya's scripts, for A1111 and ComfyUI."""
     name, tensors = Path(args.output_dir).resolve().name, {}
     alpha = (args.lora_alpha or args.rank) * (math.sqrt(args.rank) if args.use_rslora else 1)
+    xl = len(models.text_encoders) > 1
+    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if xl else "lora_te", "text_encoder_2": "lora_te2"}
     for part, model in models.adapters.items():
         for key, tensor in get_peft_model_state_dict(model).items():
             layer, side = re.fullmatch(r"(.*)\.lora_([AB])\.weight", file_key(part, key)).groups()
-            layer = f"{'lora_unet' if part == 'unet' else 'lora_te'}_{layer.replace('.', '_')}"
+            layer = sgm_name(layer, models.unet.config.layers_per_block) if xl and part == "unet" else layer
+            layer = f"{prefixes[part]}_{layer.replace('.', '_')}"
             tensors[f"{layer}.{'lora_down' if side == 'A' else 'lora_up'}.weight"] = tensor.contiguous()
             tensors[f"{layer}.alpha"] = torch.tensor(float(alpha))
-    kind = "v2-768-v" if models.noise_scheduler.config.prediction_type == "v_prediction" else "v2-512"
-    kind = kind if models.unet.config.cross_attention_dim == 1024 else "v1"
+    v_prediction = models.noise_scheduler.config.prediction_type == "v_prediction"
+    kind = ("v2-768-v" if v_prediction else "v2-512") if models.unet.config.cross_attention_dim == 1024 else "v1"
+    version, kind = ("sdxl_base_v1-0", "xl-v1-base") if xl else (f"sd_{kind[:2]}", kind)
     metadata = {"ss_network_module": "networks.lora", "ss_network_dim": args.rank, "ss_network_alpha": alpha}
-    metadata |= {"ss_base_model_version": f"sd_{kind[:2]}", "ss_v2": kind != "v1", "ss_output_name": name}
+    metadata |= {"ss_base_model_version": version, "ss_v2": kind[:2] == "v2", "ss_output_name": name}
     metadata |= {"ss_learning_rate": args.learning_rate, "ss_seed": args.seed, "modelspec.sai_model_spec": "1.0.0"}
     metadata |= {"modelspec.architecture": f"stable-diffusion-{kind}/lora", "modelspec.title": name}
     metadata = {key: str(value) for key, value in metadata.items()}
@@ -1183,21 +1325,22 @@ def save_model(args, models):
         save_kohya(args, models)
 
 
-def loading_code(args, name):
+def loading_code(args, models, name):
     """Returns the lines that load the result by its name and make a picture."""
-    base = args.pretrained_model_name_or_path
+    base, pipeline = args.pretrained_model_name_or_path, type(models.pipeline).__name__
+    opened = "from_single_file" if base.endswith(".safetensors") else "from_pretrained"
     if not Path(name).is_absolute() and Path(base).exists():  # what may be published names no path of this machine
         base = Path(base).resolve().name
     return (
-        "from diffusers import StableDiffusionPipeline\n\n"
-        f"pipeline = StableDiffusionPipeline.from_pretrained({base!r})\n"
+        f"from diffusers import {pipeline}\n\n"
+        f"pipeline = {pipeline}.{opened}({base!r})\n"
         f"pipeline.load_lora_weights({name!r})\n"
         f"prompt = {(args.validation_prompt or args.instance_prompt or 'a photo')!r}\n"
         f"pipeline(prompt, height={args.resolution}, width={args.resolution}).images[0].save('picture.png')"
     )
 
 
-def write_model_card(args, state, repo_id):
+def write_model_card(args, models, state, repo_id):
     """Writes README.md: base, data, settings, loss curve, sample grid, and how to load the result."""
     metrics = Path(args.output_dir, args.logging_dir, "metrics.jsonl").read_text().splitlines()
     losses = [row["loss"] for row in map(json.loads, metrics) if "loss" in row]
@@ -1216,7 +1359,7 @@ def write_model_card(args, state, repo_id):
     card = [f"---\n{header}\n---\n\n# {repo_id}"]
     card += [f"{base}, trained on {data or 'local pictures'}."]
     card += ["The base model's licence applies."] if given[0] else []
-    card += ["## Load it", f"```python\n{loading_code(args, repo_id)}\n```", "## Training"]
+    card += ["## Load it", f"```python\n{loading_code(args, models, repo_id)}\n```", "## Training"]
     if Path(args.output_dir, grid).exists():
         card += [f"![samples]({grid})", *(f"- {prompt}" for prompt in dict.fromkeys(picture_prompts(args)) if prompt)]
     card += [f"{state.global_step} steps. Loss from {points[0]:.4f} to {points[-1]:.4f}: `{curve}`"]
@@ -1332,12 +1475,18 @@ def prepare_training(accelerator, args, models):
         text_encoder.to(accelerator.device)
         if args.gradient_checkpointing:
             text_encoder.activation_checkpointing_enable()
-    rates = (args.learning_rate, args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr)
-    parameters = [[p for p in model.parameters() if p.requires_grad] for model in models.trained]
-    groups = [{"params": params, "lr": lr} for params, lr in zip(parameters, rates)]
+    settings = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay}
+    text_settings = {"lr": args.text_encoder_lr, "weight_decay": args.adam_weight_decay_text_encoder}
+    text_settings = settings | {name: value for name, value in text_settings.items() if value is not None}
+    groups = [
+        {"params": [p for p in model.parameters() if p.requires_grad]}
+        | (settings if model is models.unet else text_settings)
+        for model in models.trained
+    ]
     optimizer = make_optimizer(accelerator, args, groups)
     if args.optimizer == "prodigy":  # AdamW's groups hold the flags' values
-        optimizer = Prodigy(optimizer.param_groups, use_bias_correction=True, safeguard_warmup=True)
+        names = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
+        optimizer = Prodigy(optimizer.param_groups, **{name: vars(args)[f"prodigy_{name}"] for name in names})
     *models.trained, optimizer = accelerator.prepare(*models.trained, optimizer)
     models.unet, *text_encoders = models.trained
     models.text_encoders = text_encoders or models.text_encoders
@@ -1497,7 +1646,7 @@ def run(accelerator, args, stop):
         records += check_records(accelerator, args, class_pictures(args), stop)
         sizes = (sizes[0], len(records) - sizes[0])
     total = total_batch_size(accelerator, args)
-    steps_per_epoch = math.ceil(max(sizes) / total)
+    steps_per_epoch = math.ceil(max(sizes) * args.repeats / total)
     args.max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     keys_of = functools.partial(paired_keys, total_batch_size=total, sizes=sizes, seed=state.seed)
 
@@ -1509,6 +1658,7 @@ def run(accelerator, args, stop):
         "base model": digest(models.vae_digest, models.text_digest, models.unet_digest),
         "data set": digest([(record["digest"], record["captions"]) for record in records]),
         "prediction type": models.noise_scheduler.config.prediction_type,
+        "noise schedule": digest(models.noise_scheduler.alphas_cumprod.numpy()),
         "--train_text_encoder": args.train_text_encoder,
         "--with_prior_preservation": args.with_prior_preservation,
         "--optimizer": [args.optimizer, args.use_8bit_adam],
@@ -1538,8 +1688,8 @@ def run(accelerator, args, stop):
 
     # What it leaves.
     agree(args.output_dir, main_process, save_model, args, models)
-    agree(args.output_dir, main_process, write_model_card, args, state, repo_id)
-    code = loading_code(args, str(Path(args.output_dir).resolve()))
+    agree(args.output_dir, main_process, write_model_card, args, models, state, repo_id)
+    code = loading_code(args, models, str(Path(args.output_dir).resolve()))
     accelerator.print(f"The result is in {args.output_dir}. To load it:\n\n{code}\n")
     stop.exit_if_asked()
     agree(args.output_dir, main_process and args.push_to_hub, publish, args, repo_id)

@@ -124,7 +124,7 @@ def parse_args(argv=None):
     add("--train_data_dir", help="folder of pictures (or of parquet files; captions are not read)")
     add("--image_column", default="image", help="column of the pictures (Hub and parquet)")
     add("--max_train_samples", type=positive_int, help="train on so many pictures, drawn by the seed")
-    add("--resolution", type=positive_int, default=64, help="side of the square pictures in pixels, a multiple of 8")
+    add("--resolution", type=positive_int, default=64, help="side of the square pictures in pixels (a multiple of 8)")
     add("--center_crop", **switch, help="crop the middle instead of a random place")
     add("--random_flip", **switch, help="mirror half of the samples")
     filters = ["lanczos", "bicubic", "bilinear", "box", "hamming", "nearest", "nearest_exact"]
@@ -439,8 +439,9 @@ class Samples(torch.utils.data.Dataset):
     """Samples by key (epoch, index), each a function of seed, key and picture, whatever the batch, worker or flags.
 
     A sample holds float32 arrays of the latents' shape (4, h, w): "noise", "perturbation" and "posterior_noise";
-    "offset_noise" (4, 1, 1); "timesteps"; "caption" and its cached embeddings; and the latents' cached "mean" and
-    "std", or else "pixel_values" (3, resolution, resolution) in [-1, 1].
+    "offset_noise" (4, 1, 1); "timesteps"; "caption" and its cached embeddings; the latents' cached "mean" and "std",
+    or else "pixel_values" (3, resolution, resolution) in [-1, 1]; and for SDXL "time_ids" (6,), in pixels: the file's
+    height and width, the crop's top and left, the sample's height and width.
     """
 
     def __init__(self, args, records, seed, latent_shape, num_train_timesteps):
@@ -479,7 +480,12 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         rng, variant, caption = self.place(key)
-        example = {"caption": caption}
+        index, (width, _), (left, top), flip = variant
+        side = self.args.resolution
+        # Of the picture as it was mirrored, since the crop shows its other side then (arXiv:2307.01952, section 2.2).
+        corner = (top, width - side - left if flip else left)
+        time_ids = np.array([*self.records[index]["size"][::-1], *corner, side, side], dtype=np.float32)
+        example = {"caption": caption, "time_ids": time_ids}
         for name in ("posterior_noise", "noise", "perturbation"):
             example[name] = rng.standard_normal(self.latent_shape, dtype=np.float32)
         example["offset_noise"] = rng.standard_normal((self.latent_shape[0], 1, 1), dtype=np.float32)
@@ -928,7 +934,7 @@ def save_model(args, models):
         models.pipeline.save_pretrained(args.output_dir)
 
 
-def loading_code(args, name):
+def loading_code(args, models, name):
     """Returns the lines that load the result by its name and make a picture."""
     return (
         "from diffusers import DDPMPipeline\n\n"
@@ -937,7 +943,7 @@ def loading_code(args, name):
     )
 
 
-def write_model_card(args, state, repo_id):
+def write_model_card(args, models, state, repo_id):
     """Writes README.md: base, data, settings, loss curve, sample grid, and how to load the result."""
     metrics = Path(args.output_dir, args.logging_dir, "metrics.jsonl").read_text().splitlines()
     losses = [row["loss"] for row in map(json.loads, metrics) if "loss" in row]
@@ -956,7 +962,7 @@ def write_model_card(args, state, repo_id):
     card = [f"---\n{header}\n---\n\n# {repo_id}"]
     card += [f"{base}, trained on {data or 'local pictures'}."]
     card += ["The base model's licence applies."] if given[0] else []
-    card += ["## Load it", f"```python\n{loading_code(args, repo_id)}\n```", "## Training"]
+    card += ["## Load it", f"```python\n{loading_code(args, models, repo_id)}\n```", "## Training"]
     if Path(args.output_dir, grid).exists():
         card += [f"![samples]({grid})", *(f"- {prompt}" for prompt in dict.fromkeys(picture_prompts(args)) if prompt)]
     card += [f"{state.global_step} steps. Loss from {points[0]:.4f} to {points[-1]:.4f}: `{curve}`"]
@@ -1250,8 +1256,9 @@ def run(accelerator, args, stop):
 
     # What it leaves.
     agree(args.output_dir, main_process, save_model, args, models)
-    agree(args.output_dir, main_process, write_model_card, args, state, repo_id)
-    accelerator.print(f"The result is in {args.output_dir}. To load it:\n\n{loading_code(args, args.output_dir)}\n")
+    agree(args.output_dir, main_process, write_model_card, args, models, state, repo_id)
+    code = loading_code(args, models, args.output_dir)
+    accelerator.print(f"The result is in {args.output_dir}. To load it:\n\n{code}\n")
     stop.exit_if_asked()
     agree(args.output_dir, main_process and args.push_to_hub, publish, args, repo_id)
 

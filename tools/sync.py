@@ -35,6 +35,9 @@ SHARED = {
     "switch",
     "REPLACES",
     "lies_in",
+    "base_problems",
+    "PIPELINES",
+    "TEXT_ENCODERS",
     "HelpFormatter",
     "read_config",
     "digest",
@@ -59,7 +62,9 @@ SHARED = {
     "paired_keys",
     "Samples",
     "weights_digest",
+    "open_pipeline",
     "load_pipeline",
+    "in_float32",
     "name_parts",
     "encode_pixels",
     "encode_prompts",
@@ -124,7 +129,8 @@ HOOKS = {
 }
 # Names of one script only: {"train_lora.py": {"name", ...}, ...}
 PRIVATE = {
-    "train_lora.py": {"TARGETS", "WAYS", "file_key", "save_kohya"},
+    "train_text_to_image.py": {"EVENLY"},
+    "train_lora.py": {"TARGETS", "WAYS", "truth", "yes_or_no", "file_key", "SGM", "sgm_name", "save_kohya"},
     "textual_inversion.py": {"CAPTIONS", "word_tokens", "captions_of", "Embeddings", "learned_embeds"},
     "train_unconditional.py": {"NEW_UNET", "load_base", "new_unet"},
 }
