@@ -24,6 +24,7 @@ import ctypes
 import functools
 import glob
 import hashlib
+import inspect
 import io
 import json
 import logging
@@ -119,6 +120,30 @@ def read_config(parser, argv):
     return flags + argv
 
 
+def add_prior_flags(parser):
+    """Adds the flags of prior preservation."""
+    add = parser.add_argument_group("prior preservation").add_argument
+    add("--with_prior_preservation", **switch, help="train on pictures of the class too, so that it stays as it was")
+    add("--class_data_dir", help="folder of the class pictures; those that it lacks are drawn by the base model")
+    add("--class_prompt", help="prompt of the class pictures")
+    add("--num_class_images", type=positive_int, default=100, help="class pictures to train on")
+    add("--sample_batch_size", type=positive_int, default=4, help="class pictures to draw at once")
+    add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"], help="default: fp16, fp32 on a CPU")
+    add("--prior_loss_weight", type=non_negative, default=1.0, help="weight of the class pictures' loss")
+
+
+def add_saving_flags(parser):
+    """Adds the flags that every script has of checkpoints and of the Hub."""
+    add = parser.add_argument_group("checkpoints and publishing").add_argument
+    add("--checkpointing_steps", type=natural_int, default=500, help="optimizer steps between checkpoints; 0: none")
+    add("--checkpoints_total_limit", type=positive_int, help="checkpoints to keep, the newest")
+    add("--resume_from_checkpoint", help="a checkpoint's path, or 'latest' for the newest whole one of --output_dir")
+    add("--push_to_hub", **switch, help="upload the result to the Hub")
+    add("--hub_model_id", help="repository to upload to (default: the name of --output_dir)")
+    add("--hub_token", help="token for the upload (default: your login)")
+    add("--hub_private_repo", **switch, help="create the repository private")
+
+
 def parse_args(argv=None):
     """Parses and checks the command line; whatever is wrong with it is said here, before anything heavy loads."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -136,12 +161,6 @@ def parse_args(argv=None):
     add("--instance_data_dir", help="folder of a subject's pictures, with or without captions")
     add("--instance_prompt", help="prompt of pictures that have no caption of their own")
     add("--caption_column", default="text", help="column of the captions, each a string or a list to draw from")
-    add("--with_prior_preservation", **switch, help="train on pictures of the class too, so that it stays as it was")
-    add("--class_data_dir", help="folder of the class pictures; those that it lacks are drawn by the base model")
-    add("--class_prompt", help="prompt of the class pictures")
-    add("--num_class_images", type=positive_int, default=100, help="class pictures to train on")
-    add("--sample_batch_size", type=positive_int, default=4, help="class pictures to draw at once")
-    add("--prior_generation_precision", choices=["no", "fp32", "fp16", "bf16"], help="default: fp16, fp32 on a CPU")
     add("--max_train_samples", type=positive_int, help="train on so many pictures, drawn by the seed")
     add("--resolution", type=positive_int, help="side of the square pictures in pixels (1024 for SDXL, 512 otherwise)")
     add("--center_crop", **switch, help="crop the middle instead of a random place")
@@ -192,7 +211,6 @@ def parse_args(argv=None):
     add("--snr_gamma", type=functools.partial(bounded, kind=float, low=1e-6), help="gamma of Min-SNR weights, often 5")
     add("--noise_offset", type=non_negative, default=0.0, help="scale of noise that a channel shares, such as 0.1")
     add("--offset_noise", action="store_const", const=0.1, dest="noise_offset", help="the same as --noise_offset 0.1")
-    add("--prior_loss_weight", type=non_negative, default=1.0, help="weight of the class pictures' loss")
 
     add = parser.add_argument_group("validation").add_argument
     add("--validation_prompt", help="prompt of the sample grids")
@@ -202,19 +220,14 @@ def parse_args(argv=None):
     add("--validation_samples", type=natural_int, default=0, help="pictures held out to measure the loss on")
     add("--validation_steps", type=positive_int, default=100, help="optimizer steps between validations")
 
-    add = parser.add_argument_group("logging, checkpoints, publishing").add_argument
+    add = parser.add_argument_group("logging").add_argument
     trackers = "tensorboard wandb comet_ml aim mlflow clearml dvclive swanlab trackio all none".split()
     add("--report_to", default="tensorboard", choices=trackers, help="experiment tracker")
     add("--tracker_project_name", default="dreambooth", help="name of the project in the tracker")
     add("--logging_dir", default="logs", help="folder of metrics.jsonl and the tracker's files, in --output_dir")
-    add("--checkpointing_steps", type=natural_int, default=500, help="optimizer steps between checkpoints; 0: none")
-    add("--checkpoints_total_limit", type=positive_int, help="checkpoints to keep, the newest")
-    add("--resume_from_checkpoint", help="a checkpoint's path, or 'latest' for the newest whole one of --output_dir")
-    add("--push_to_hub", **switch, help="upload the result to the Hub")
-    add("--hub_model_id", help="repository to upload to (default: the name of --output_dir)")
-    add("--hub_token", help="token for the upload (default: your login)")
-    add("--hub_private_repo", **switch, help="create the repository private")
 
+    add_prior_flags(parser)
+    add_saving_flags(parser)
     args = parser.parse_args(read_config(parser, argv))
     check_args(parser, args)
     return args
@@ -629,7 +642,11 @@ def open_pipeline(args, variant):
     if vae:
         parts["vae"] = AutoencoderKL.from_pretrained(vae, use_safetensors=True, **files)
     if single_file:
-        return getattr(diffusers, name).from_single_file(base, config=args.single_file_config, **files, **parts)
+        pipeline = getattr(diffusers, name).from_single_file(base, config=args.single_file_config, **files, **parts)
+        encoders = [model for part, model in pipeline.components.items() if part in TEXT_ENCODERS]
+        if any(weights.is_meta for model in encoders for weights in model.parameters()):
+            raise ValueError("it lacks weights of a text encoder")
+        return pipeline
     files |= {"revision": args.revision, "variant": variant, "use_safetensors": True}
     return getattr(diffusers, name).from_pretrained(base, **files, **parts)
 
@@ -647,7 +664,8 @@ def load_pipeline(args):
         except Exception as caught:  # diffusers raises nearly anything over files that it cannot use
             error = error or caught
     else:
-        raise SystemExit(f"{base} cannot be loaded as a Stable Diffusion model of safetensors files: {error}")
+        hint = " Offline, a single file needs --single_file_config." if base.endswith(".safetensors") else ""
+        raise SystemExit(f"{base} cannot be loaded as a Stable Diffusion model of safetensors files: {error}{hint}")
     unet, scheduler = pipeline.unet.config, pipeline.scheduler
     inpaints = {unet.in_channels, pipeline.vae.config.latent_channels} != {4}
     refines = unet.addition_embed_type not in (None, "text_time") or pipeline.text_encoder is None
@@ -659,7 +677,7 @@ def load_pipeline(args):
     if args.rescale_betas_zero_snr:
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     # Not all of them, such as the PNDM of SD 1.x, can sample from a schedule that ends in noise alone.
-    able = "rescale_betas_zero_snr" in scheduler.config or not args.rescale_betas_zero_snr
+    able = not args.rescale_betas_zero_snr or "rescale_betas_zero_snr" in inspect.signature(type(scheduler)).parameters
     pipeline.scheduler = (type(scheduler) if able else EulerDiscreteScheduler).from_config(scheduler.config, **changes)
     if changes["prediction_type"] == "epsilon" and pipeline.scheduler.config.get("rescale_betas_zero_snr"):
         raise SystemExit("Where the noise schedule ends in noise alone, --prediction_type has to be v_prediction.")
@@ -686,10 +704,9 @@ def name_parts(pipeline):
     if len(models.text_encoders) > 1 and models.vae.config.force_upcast:  # SDXL's overflows in half precision
         for name in ("encode", "decode"):
             setattr(models.vae, name, functools.partial(in_float32, getattr(models.vae, name)))
-    models.vae_digest, models.text_digest = (
-        weights_digest(models.vae),
-        digest(*map(weights_digest, models.text_encoders)),
-    )
+    zeros = pipeline.config.get("force_zeros_for_empty_prompt")
+    models.vae_digest = weights_digest(models.vae)
+    models.text_digest = digest(zeros, *map(weights_digest, models.text_encoders))
     models.noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     models.idle = []  # frozen models that no step needs, kept in CPU memory
     return models

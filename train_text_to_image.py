@@ -21,6 +21,7 @@ import ctypes
 import functools
 import glob
 import hashlib
+import inspect
 import io
 import json
 import logging
@@ -116,6 +117,18 @@ def read_config(parser, argv):
     return flags + argv
 
 
+def add_saving_flags(parser):
+    """Adds the flags that every script has of checkpoints and of the Hub."""
+    add = parser.add_argument_group("checkpoints and publishing").add_argument
+    add("--checkpointing_steps", type=natural_int, default=500, help="optimizer steps between checkpoints; 0: none")
+    add("--checkpoints_total_limit", type=positive_int, help="checkpoints to keep, the newest")
+    add("--resume_from_checkpoint", help="a checkpoint's path, or 'latest' for the newest whole one of --output_dir")
+    add("--push_to_hub", **switch, help="upload the result to the Hub")
+    add("--hub_model_id", help="repository to upload to (default: the name of --output_dir)")
+    add("--hub_token", help="token for the upload (default: your login)")
+    add("--hub_private_repo", **switch, help="create the repository private")
+
+
 def parse_args(argv=None):
     """Parses and checks the command line; whatever is wrong with it is said here, before anything heavy loads."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -195,19 +208,13 @@ def parse_args(argv=None):
     add("--validation_epochs", type=positive_int, help="epochs between validations")
     add("--validation_steps", type=positive_int, help="optimizer steps between validations")
 
-    add = parser.add_argument_group("logging, checkpoints, publishing").add_argument
+    add = parser.add_argument_group("logging").add_argument
     trackers = "tensorboard wandb comet_ml aim mlflow clearml dvclive swanlab trackio all none".split()
     add("--report_to", default="tensorboard", choices=trackers, help="experiment tracker")
     add("--tracker_project_name", default="text2image-fine-tune", help="name of the project in the tracker")
     add("--logging_dir", default="logs", help="folder of metrics.jsonl and the tracker's files, in --output_dir")
-    add("--checkpointing_steps", type=natural_int, default=500, help="optimizer steps between checkpoints; 0: none")
-    add("--checkpoints_total_limit", type=positive_int, help="checkpoints to keep, the newest")
-    add("--resume_from_checkpoint", help="a checkpoint's path, or 'latest' for the newest whole one of --output_dir")
-    add("--push_to_hub", **switch, help="upload the result to the Hub")
-    add("--hub_model_id", help="repository to upload to (default: the name of --output_dir)")
-    add("--hub_token", help="token for the upload (default: your login)")
-    add("--hub_private_repo", **switch, help="create the repository private")
 
+    add_saving_flags(parser)
     args = parser.parse_args(read_config(parser, argv))
     check_args(parser, args)
     return args
@@ -578,7 +585,11 @@ def open_pipeline(args, variant):
     if vae:
         parts["vae"] = AutoencoderKL.from_pretrained(vae, use_safetensors=True, **files)
     if single_file:
-        return getattr(diffusers, name).from_single_file(base, config=args.single_file_config, **files, **parts)
+        pipeline = getattr(diffusers, name).from_single_file(base, config=args.single_file_config, **files, **parts)
+        encoders = [model for part, model in pipeline.components.items() if part in TEXT_ENCODERS]
+        if any(weights.is_meta for model in encoders for weights in model.parameters()):
+            raise ValueError("it lacks weights of a text encoder")
+        return pipeline
     files |= {"revision": args.revision, "variant": variant, "use_safetensors": True}
     return getattr(diffusers, name).from_pretrained(base, **files, **parts)
 
@@ -596,7 +607,8 @@ def load_pipeline(args):
         except Exception as caught:  # diffusers raises nearly anything over files that it cannot use
             error = error or caught
     else:
-        raise SystemExit(f"{base} cannot be loaded as a Stable Diffusion model of safetensors files: {error}")
+        hint = " Offline, a single file needs --single_file_config." if base.endswith(".safetensors") else ""
+        raise SystemExit(f"{base} cannot be loaded as a Stable Diffusion model of safetensors files: {error}{hint}")
     unet, scheduler = pipeline.unet.config, pipeline.scheduler
     inpaints = {unet.in_channels, pipeline.vae.config.latent_channels} != {4}
     refines = unet.addition_embed_type not in (None, "text_time") or pipeline.text_encoder is None
@@ -608,7 +620,7 @@ def load_pipeline(args):
     if args.rescale_betas_zero_snr:
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     # Not all of them, such as the PNDM of SD 1.x, can sample from a schedule that ends in noise alone.
-    able = "rescale_betas_zero_snr" in scheduler.config or not args.rescale_betas_zero_snr
+    able = not args.rescale_betas_zero_snr or "rescale_betas_zero_snr" in inspect.signature(type(scheduler)).parameters
     pipeline.scheduler = (type(scheduler) if able else EulerDiscreteScheduler).from_config(scheduler.config, **changes)
     if changes["prediction_type"] == "epsilon" and pipeline.scheduler.config.get("rescale_betas_zero_snr"):
         raise SystemExit("Where the noise schedule ends in noise alone, --prediction_type has to be v_prediction.")
@@ -635,10 +647,9 @@ def name_parts(pipeline):
     if len(models.text_encoders) > 1 and models.vae.config.force_upcast:  # SDXL's overflows in half precision
         for name in ("encode", "decode"):
             setattr(models.vae, name, functools.partial(in_float32, getattr(models.vae, name)))
-    models.vae_digest, models.text_digest = (
-        weights_digest(models.vae),
-        digest(*map(weights_digest, models.text_encoders)),
-    )
+    zeros = pipeline.config.get("force_zeros_for_empty_prompt")
+    models.vae_digest = weights_digest(models.vae)
+    models.text_digest = digest(zeros, *map(weights_digest, models.text_encoders))
     models.noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     models.idle = []  # frozen models that no step needs, kept in CPU memory
     return models

@@ -106,6 +106,18 @@ def read_config(parser, argv):
     return flags + argv
 
 
+def add_saving_flags(parser):
+    """Adds the flags that every script has of checkpoints and of the Hub."""
+    add = parser.add_argument_group("checkpoints and publishing").add_argument
+    add("--checkpointing_steps", type=natural_int, default=500, help="optimizer steps between checkpoints; 0: none")
+    add("--checkpoints_total_limit", type=positive_int, help="checkpoints to keep, the newest")
+    add("--resume_from_checkpoint", help="a checkpoint's path, or 'latest' for the newest whole one of --output_dir")
+    add("--push_to_hub", **switch, help="upload the result to the Hub")
+    add("--hub_model_id", help="repository to upload to (default: the name of --output_dir)")
+    add("--hub_token", help="token for the upload (default: your login)")
+    add("--hub_private_repo", **switch, help="create the repository private")
+
+
 def parse_args(argv=None):
     """Parses and checks the command line; whatever is wrong with it is said here, before anything heavy loads."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -185,20 +197,14 @@ def parse_args(argv=None):
     add("--validation_epochs", "--save_images_epochs", **epochs)
     add("--validation_steps", type=positive_int, help="optimizer steps between validations")
 
-    add = parser.add_argument_group("logging, checkpoints, publishing").add_argument
+    add = parser.add_argument_group("logging").add_argument
     trackers = "tensorboard wandb comet_ml aim mlflow clearml dvclive swanlab trackio all none".split()
     add("--report_to", "--logger", default="tensorboard", choices=trackers, help="experiment tracker")
     add("--tracker_project_name", default="train_unconditional", help="name of the project in the tracker")
     add("--logging_dir", default="logs", help="folder of metrics.jsonl and the tracker's files, in --output_dir")
     add("--save_model_epochs", type=natural_int, default=10, help="epochs between pipelines; 0: at the end only")
-    add("--checkpointing_steps", type=natural_int, default=500, help="optimizer steps between checkpoints; 0: none")
-    add("--checkpoints_total_limit", type=positive_int, help="checkpoints to keep, the newest")
-    add("--resume_from_checkpoint", help="a checkpoint's path, or 'latest' for the newest whole one of --output_dir")
-    add("--push_to_hub", **switch, help="upload the result to the Hub")
-    add("--hub_model_id", help="repository to upload to (default: the name of --output_dir)")
-    add("--hub_token", help="token for the upload (default: your login)")
-    add("--hub_private_repo", **switch, help="create the repository private")
 
+    add_saving_flags(parser)
     args = parser.parse_args(read_config(parser, argv))
     check_args(parser, args)
     return args

@@ -509,17 +509,18 @@ def test_draws_are_distributed_as_they_should_be(wide_pictures):
 def test_encoders_take_one_input_at_a_time(tiny_model, monkeypatch):
     """Latents and embeddings are the same bits whatever else is in the call."""
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
+    models = script.name_parts(pipeline)
     pixels = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     prompts = ["a", "a red circle", "", "something else that is rather longer than the others"]
     with torch.no_grad():
         together = script.encode_pixels(pipeline.vae, pixels)
-        texts = script.encode_prompts([pipeline.tokenizer], [pipeline.text_encoder], prompts)
+        texts = script.encode_prompts(models, prompts)
         assert together.keys() == {"mean", "std"} and together["mean"].shape == (5, 4, 16, 16)
         for i in range(5):
             alone = script.encode_pixels(pipeline.vae, pixels[i : i + 1])
             assert all(torch.equal(alone[name][0], together[name][i]) for name in together)
         for i, prompt in enumerate(prompts):
-            alone = script.encode_prompts([pipeline.tokenizer], [pipeline.text_encoder], [prompt])
+            alone = script.encode_prompts(models, [prompt])
             assert torch.equal(alone["encoder_hidden_states"][0], texts["encoder_hidden_states"][i])
         wanted = pipeline.encode_prompt(prompts[1], "cpu", 1, False)[0]
     torch.testing.assert_close(texts["encoder_hidden_states"][1:2], wanted)

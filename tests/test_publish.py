@@ -424,7 +424,7 @@ def test_card_of_any_length(tmp_path, steps):
     (tmp_path / "logs" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--pretrained_model_name_or_path", "a/b", "--dataset_name", "c/d", "--output_dir", str(tmp_path)]
     state = SimpleNamespace(global_step=steps, seed=1, args={"learning_rate": 1.0})
-    script.write_model_card(script.parse_args(flags), state, "me/x")
+    script.write_model_card(script.parse_args(flags), None, state, "me/x")
     card = (tmp_path / "README.md").read_text()
     assert f"{steps} steps" in card
     curve = re.search(r"`([▁-█]+)`", card)[1]

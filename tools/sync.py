@@ -40,6 +40,8 @@ SHARED = {
     "TEXT_ENCODERS",
     "HelpFormatter",
     "read_config",
+    "add_saving_flags",
+    "add_prior_flags",
     "digest",
     "read_metadata",
     "list_files",
