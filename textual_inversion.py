@@ -130,7 +130,11 @@ def parse_args(argv=None):
     parser.add_argument("--config", help="a YAML file of flags; the command line wins over it")
 
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", required=True, help="base: a diffusers folder, Hub id or .safetensors file")
+    add(
+        "--pretrained_model_name_or_path",
+        required=True,
+        help="base model: diffusers folder or Hub id (or .safetensors)",
+    )
     add("--pretrained_vae_model_name_or_path", help="a VAE to use instead of the base model's: a folder or a Hub id")
     add("--single_file_config", help="folder or Hub id with the configs of a base that is a file")
     add("--revision", help="branch, tag or commit of the base model on the Hub")

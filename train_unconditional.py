@@ -124,7 +124,7 @@ def parse_args(argv=None):
     parser.add_argument("--config", help="a YAML file of flags; the command line wins over it")
 
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", help="base model: a folder in diffusers format or a Hub id")
+    add("--pretrained_model_name_or_path", help="base model: diffusers folder or Hub id")
     add("--model_config_name_or_path", help="config.json, its folder or a Hub id: a new UNet of that kind, instead")
     add("--revision", help="branch, tag or commit of the base model on the Hub")
     add("--variant", help="variant of the base model's weight files, such as fp16")

@@ -59,6 +59,9 @@ FLAGS = {
     "use_ema": SWITCH,
     "foreach_ema": SWITCH,
     "offload_ema": SWITCH,
+    "pretrained_vae_model_name_or_path": ("owner/vae", "pictures"),
+    "single_file_config": ("pictures", "owner/model"),
+    "rescale_betas_zero_snr": SWITCH,
     "prediction_type": ("v_prediction", "sample"),
     "snr_gamma": (5.0, 1.0),
     "noise_offset": (0.1, 0.05),
@@ -66,6 +69,8 @@ FLAGS = {
     "dream_training": SWITCH,
     "dream_detail_preservation": (0.5, 2.0),
     "validation_prompts": (["a cat", "a dog"], ["one: two"]),
+    "validation_prompt": ("a cat", "one: two"),
+    "num_validation_images": (1, 2),
     "validation_samples": (1, 2),
     "validation_epochs": (1, 2),
     "validation_steps": (1, 2),
@@ -80,7 +85,7 @@ FLAGS = {
     "hub_token": ("one", "two"),
     "hub_private_repo": SWITCH,
 }
-# All flags of diffusers' train_text_to_image.py.
+# All flags of diffusers' train_text_to_image.py and train_text_to_image_sdxl.py.
 REFERENCE = """
     input_perturbation pretrained_model_name_or_path revision variant dataset_name dataset_config_name train_data_dir
     image_column caption_column max_train_samples validation_prompts output_dir cache_dir seed resolution center_crop
@@ -90,7 +95,9 @@ REFERENCE = """
     adam_beta2 adam_weight_decay adam_epsilon max_grad_norm push_to_hub hub_token prediction_type hub_model_id
     logging_dir mixed_precision report_to local_rank checkpointing_steps checkpoints_total_limit
     resume_from_checkpoint enable_xformers_memory_efficient_attention noise_offset validation_epochs
-    tracker_project_name image_interpolation_mode
+    tracker_project_name image_interpolation_mode pretrained_vae_model_name_or_path validation_prompt
+    num_validation_images proportion_empty_prompts timestep_bias_strategy timestep_bias_multiplier timestep_bias_begin
+    timestep_bias_end timestep_bias_portion enable_npu_flash_attention
 """.split()
 
 for_each_flag = pytest.mark.parametrize("name", FLAGS)
@@ -98,15 +105,17 @@ for_each_flag = pytest.mark.parametrize("name", FLAGS)
 
 @pytest.fixture(autouse=True)
 def somewhere(tmp_path, monkeypatch):
-    """A working folder with two empty folders for pictures."""
+    """A working folder with two empty folders for pictures, and something for a base model in one file."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.safetensors").touch()
     for name in ("pictures", "others"):
         (tmp_path / name).mkdir()
 
 
 def needed(name=None):
     """The flags that a run cannot do without, but for the one of this name and what excludes it."""
-    base = {"pretrained_model_name_or_path": "owner/model", "train_data_dir": "pictures"}
+    model = "model.safetensors" if name == "single_file_config" else "owner/model"
+    base = {"pretrained_model_name_or_path": model, "train_data_dir": "pictures"}
     excluded = {"dataset_name": "train_data_dir"}.get(name)
     return {flag: value for flag, value in base.items() if flag not in (name, excluded)}
 

@@ -468,7 +468,7 @@ def test_a_flag_that_is_off_shifts_nothing(wide_pictures):
     plain = {key: make_samples(wide_pictures)[key] for key in keys}
     changed = {
         ("--random_flip",): {"pixel_values"},
-        ("--no-center_crop",): {"pixel_values"},
+        ("--no-center_crop",): {"pixel_values", "time_ids"},
         ("--proportion_empty_prompts", 0.5): {"caption"},
         ("--noise_offset", 0.1, "--input_perturbation", 0.1): set(),
     }

@@ -248,15 +248,16 @@ def test_vae_precision(base, upcast, full, train, tmp_path):
 
     def spy(self, x):
         out = forward(self, x)
-        if self.in_channels in (3, 4) and self.out_channels == 16:  # the first of encoder, or of decoder
-            dtypes.setdefault(("encoder", "decoder")[self.in_channels == 4], set()).add(out.dtype)
+        for end, channels in (("encoder", self.in_channels), ("decoder", self.out_channels)):
+            if channels == 3:
+                dtypes.setdefault(end, set()).add(out.dtype)
         return out
 
     flags = ("--mixed_precision", "bf16", "--center_crop", "--validation_prompts", "a cat", "--max_train_steps", 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.Conv2d, "forward", spy)
         out = train(base, *flags)
-    assert dtypes["encoder"] == {torch.float32 if full else torch.bfloat16}
+    assert dtypes == dict.fromkeys(("encoder", "decoder"), {torch.float32 if full else torch.bfloat16})
     assert (out / "samples" / "step-000001.png").exists()
     assert json.loads((out / "vae" / "config.json").read_text())["force_upcast"] == upcast
 
