@@ -237,7 +237,7 @@ def test_class_pictures_are_drawn_once(train, fast_drawing, monkeypatch, tmp_pat
     monkeypatch.setattr(script, "load_models", counting)
     revisions, from_pretrained = [], StableDiffusionPipeline.from_pretrained
     watched = lambda base, **how: revisions.append(how["revision"]) or from_pretrained(base, **how)  # noqa: E731
-    monkeypatch.setattr(script.StableDiffusionPipeline, "from_pretrained", watched)
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", watched)
     train("first", *prior(folder, 3), "--sample_batch_size", 2, "--revision", "tag")
     assert revisions == ["tag", "tag"]  # of the model that draws, and of the one that is trained
     assert fast_drawing == [[CLASS, CLASS], [CLASS]] and live == [before]
@@ -620,10 +620,13 @@ def test_the_base_draws_as_it_was_trained(tiny_model, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(script, "draw_class_pictures", lambda args, pipeline, names, seed: drawn.append(pipeline))
     folder = ("--class_data_dir", tmp_path / "class", "--class_prompt", "a", "--num_class_images", 1)
-    args = parsed("--with_prior_preservation", *folder, "--prediction_type", "v_prediction")
-    args.pretrained_model_name_or_path = tiny_model
+    args = parsed(
+        "--with_prior_preservation", *folder, "--prediction_type", "v_prediction", "--rescale_betas_zero_snr"
+    )
+    args.pretrained_model_name_or_path = str(tiny_model)
     script.fill_class_pictures(script.make_accelerator(args), args, 0, SimpleNamespace(exit_if_asked=lambda: None))
     assert [pipeline.scheduler.config.prediction_type for pipeline in drawn] == ["epsilon"]
+    assert not drawn[0].scheduler.config.rescale_betas_zero_snr
 
 
 def test_no_flag_is_read_nowhere():
