@@ -191,11 +191,7 @@ def parse_args(argv=None):
     parser.add_argument("--config", help="a YAML file of flags; the command line wins over it")
 
     add = parser.add_argument_group("model").add_argument
-    add(
-        "--pretrained_model_name_or_path",
-        required=True,
-        help="base model: diffusers folder or Hub id (or .safetensors)",
-    )
+    add("--pretrained_model_name_or_path", required=True, help="base model: diffusers folder or Hub id (or a file)")
     add("--pretrained_vae_model_name_or_path", help="a VAE to use instead of the base model's: a folder or a Hub id")
     add("--single_file_config", help="folder or Hub id with the configs of a base that is a file")
     add("--revision", help="branch, tag or commit of the base model on the Hub")
@@ -378,7 +374,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DistributedDataParallelKwargs, gather_object, send_to_device
+from accelerate.utils import DistributedDataParallelKwargs, gather_object, parse_flag_from_env, send_to_device
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, EulerDiscreteScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
@@ -1420,6 +1416,8 @@ def publish(args, repo_id):
 
 def make_accelerator(args):
     """Builds the Accelerator; refuses a launch whose processes do not know of each other."""
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise SystemExit("FSDP is not supported: launch on several GPUs without it, or with DeepSpeed.")
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,

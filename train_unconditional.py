@@ -255,7 +255,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DistributedDataParallelKwargs, gather_object, send_to_device
+from accelerate.utils import DistributedDataParallelKwargs, gather_object, parse_flag_from_env, send_to_device
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
@@ -1008,6 +1008,8 @@ def publish(args, repo_id):
 
 def make_accelerator(args):
     """Builds the Accelerator; refuses a launch whose processes do not know of each other."""
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise SystemExit("FSDP is not supported: launch on several GPUs without it, or with DeepSpeed.")
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,

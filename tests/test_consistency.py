@@ -26,7 +26,7 @@ BUDGETS = {
     "train_lora.py": 1500,
     "train_dreambooth.py": 1325,
     "textual_inversion.py": 1270,
-    "train_unconditional.py": 1095,
+    "train_unconditional.py": 1100,
 }
 # One name of every section, in the order of the sections.
 SECTIONS = [

@@ -912,3 +912,11 @@ def test_processes_that_do_not_know_of_each_other_are_refused(start, command, tm
     assert process.wait() == 1
     assert "2 processes" in process.output() and "ACCELERATE_USE_CPU=true" in process.output()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.launch
+def test_fsdp_is_refused(start, command, tmp_path):
+    """A launcher's FSDP, under which a save by one rank waits for ever, is refused before anything loads."""
+    process = start(command(tmp_path / "out"), environment={"ACCELERATE_USE_FSDP": "true"})
+    assert process.wait() == 1 and "FSDP is not supported" in process.output()
+    assert not (tmp_path / "out").exists()
