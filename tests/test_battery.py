@@ -1,4 +1,4 @@
-"""Kills over all scripts, whose hooks write and read what the shared text saves: for `make test-all`."""
+"""Kills over all scripts and families of base models, whose hooks write and read what the shared text saves: for `make test-all`."""
 
 import random
 import signal
@@ -27,6 +27,8 @@ FLAGS = {
     "train_unconditional": "--model_config_name_or_path {config} --train_data_dir {data} --use_ema "
     "--eval_batch_size 0",
 }
+CASES = [(name, "tiny_model", seed) for name in FLAGS for seed in range(2)]
+CASES += [(name, family, 0) for name in list(FLAGS)[:-1] for family in ("tiny_sd2_model", "tiny_sdxl_model")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,13 +41,12 @@ def server():
 @pytest.mark.slow
 @pytest.mark.launch
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("name", FLAGS)
-def test_kills_do_not_matter_to_any_script(name, seed, tiny_model, tmp_path):
+@pytest.mark.parametrize("name, family, seed", CASES)
+def test_kills_do_not_matter_to_any_script(name, family, seed, request, tmp_path):
     """A run that is killed at random changes on the disk, and started again each time, ends as if nothing had been."""
-    rng = random.Random(f"{name} {seed}")
+    rng = random.Random(f"{name} {family} {seed}")
     places = {
-        "base": tiny_model,
+        "base": request.getfixturevalue(family),
         "data": make_pictures(tmp_path / "data"),
         "config": write_config(tmp_path / "config"),
     }
