@@ -208,7 +208,7 @@ def test_snr_weights(train, seen, tiny_model, prediction_type):
     a, s = (root.sqrt()[:, None, None, None].float() for root in (alpha, 1 - alpha))
     target = {"epsilon": batch["noise"], "v_prediction": a * batch["noise"] - s * latents, "sample": latents}
     with torch.no_grad():
-        text = script.encode_prompts(models.tokenizers, models.text_encoders, batch["caption"])
+        text = script.encode_prompts(models, batch["caption"])
         noisy = a * latents + s * batch["noise"]
         prediction = models.unet(noisy, batch["timesteps"], text["encoder_hidden_states"]).sample
     each = (prediction - target[prediction_type]).square().mean(dim=(1, 2, 3)).double()
@@ -773,7 +773,7 @@ def test_training_sees_what_the_pipeline_makes(train, seen, tiny_model):
     pipeline.load_textual_inversion(out)
     caption, prompt = (f"a picture of {tokens}" for tokens in (f"{WORD} {WORD}_1 {WORD}_2", WORD))
     with torch.no_grad():
-        trained = script.encode_prompts(models.tokenizers, models.text_encoders, [caption])["encoder_hidden_states"]
+        trained = script.encode_prompts(models, [caption])["encoder_hidden_states"]
         wanted = pipeline.encode_prompt(prompt, "cpu", 1, False)[0]
         assert torch.equal(models.pipeline.encode_prompt(prompt, "cpu", 1, False)[0], wanted)
     torch.testing.assert_close(trained, wanted)
@@ -800,7 +800,7 @@ def test_without_the_flag_there_is_no_pipeline(train):
 
 
 @pytest.mark.parametrize("flags", [(), ("--save_as_full_pipeline",)], ids=["file", "pipeline"])
-def test_the_lines_that_load_it(train, tmp_path, monkeypatch, capsys, flags):
+def test_the_lines_that_load_it(train, seen, tmp_path, monkeypatch, capsys, flags):
     """Those printed at the end make a picture; those in the card name no folder of this machine."""
     out = train("out", *flags, "--max_train_steps", 1)
     code = capsys.readouterr().out.split("To load it:")[1]
@@ -811,7 +811,7 @@ def test_the_lines_that_load_it(train, tmp_path, monkeypatch, capsys, flags):
     assert str(tmp_path.parent) not in card and "'tiny'" in card if not flags else "'out'" in card
     if not flags:  # also where the folder's name is all that was given
         args = script.parse_args(["--config", str(out / "train_args.yaml"), "--output_dir", "out"])
-        assert str(tmp_path.parent) not in script.loading_code(args, "out")
+        assert str(tmp_path.parent) not in script.loading_code(args, seen["models"], "out")
 
 
 def test_push(hub, train):
