@@ -1091,7 +1091,7 @@ def check_resumed(accelerator, args, state, identity):
 
 def load_checkpoint(accelerator, models, optimizer, checkpoint):
     """Brings models and optimizer to where the checkpoint left them; given flags win over the checkpoint's."""
-    flags = ("lr", "betas", "eps", "weight_decay", "fused")
+    flags = "lr betas eps weight_decay fused beta3 decouple use_bias_correction safeguard_warmup".split()
     given = [{name: group[name] for name in flags if name in group} for group in optimizer.param_groups]
     load_weights(models, checkpoint)
     accelerator.load_state(checkpoint)

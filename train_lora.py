@@ -100,8 +100,8 @@ def bounded(text, kind, low, high=math.inf):
 
 def truth(text):
     """Parses a yes or no in any of YAML's ways."""
-    value = yaml.safe_load(text)
-    if not isinstance(value, bool):
+    value = yaml.SafeLoader.bool_values.get(text.lower())
+    if value is None:
         raise argparse.ArgumentTypeError(f"must be true or false, not {text}")
     return value
 
@@ -1287,7 +1287,7 @@ def check_resumed(accelerator, args, state, identity):
 
 def load_checkpoint(accelerator, models, optimizer, checkpoint):
     """Brings models and optimizer to where the checkpoint left them; given flags win over the checkpoint's."""
-    flags = ("lr", "betas", "eps", "weight_decay", "fused")
+    flags = "lr betas eps weight_decay fused beta3 decouple use_bias_correction safeguard_warmup".split()
     given = [{name: group[name] for name in flags if name in group} for group in optimizer.param_groups]
     load_weights(models, checkpoint)
     accelerator.load_state(checkpoint)
@@ -1665,7 +1665,7 @@ def run(accelerator, args, stop):
         records += check_records(accelerator, args, class_pictures(args), stop)
         sizes = (sizes[0], len(records) - sizes[0])
     total = total_batch_size(accelerator, args)
-    steps_per_epoch = math.ceil(max(sizes) * args.repeats / total)
+    steps_per_epoch = math.ceil(max(sizes[0] * args.repeats, sizes[1]) / total)
     args.max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     keys_of = functools.partial(paired_keys, total_batch_size=total, sizes=sizes, seed=state.seed)
 

@@ -426,6 +426,25 @@ def test_two_rates(train):
     assert same(load_file(same_rates / FILE), load_file(train("one", *common) / FILE))
 
 
+def groups_of(out):
+    """The optimizer's groups in the only checkpoint of a folder."""
+    (file,) = out.glob("checkpoint-*/optimizer.bin")
+    return torch.load(file, weights_only=True)["param_groups"]
+
+
+def test_settings_of_the_text_encoders(train, tiny_sdxl_model):
+    """--text_encoder_lr and --adam_weight_decay_text_encoder are of both text encoders and not of the UNet."""
+    flags = ("--pretrained_model_name_or_path", tiny_sdxl_model, "--train_text_encoder", "--adam_weight_decay", 0.3)
+    flags += ("--max_train_steps", 1, "--checkpointing_steps", 1)
+    out = train("out", *flags, "--text_encoder_lr", 2e-3, "--adam_weight_decay_text_encoder", 0.1)
+    parts = [part for part, _ in pairs(out / FILE)]
+    sizes = [2 * parts.count(part) for part in ("unet", "text_encoder", "text_encoder_2")]
+    settings = [(len(group["params"]), group["lr"], group["weight_decay"]) for group in groups_of(out)]
+    assert settings == [(size, *rest) for size, rest in zip(sizes, [(1e-2, 0.3), (2e-3, 0.1), (2e-3, 0.1)])]
+    alike = groups_of(train("alike", *flags))
+    assert [(group["lr"], group["weight_decay"]) for group in alike] == [(1e-2, 0.3)] * 3
+
+
 def test_checkpointing_reaches_the_text_encoder(train):
     """Recomputed activations give the same losses and adapters, also where the gradients pass the text encoder."""
     plain = train("plain", "--train_text_encoder", "--lora_target_modules", "all")
@@ -461,6 +480,21 @@ def test_prodigy(train, tiny_model):
     assert group["d"] > group["d0"] and group["k"] == 30  # it has begun to grow
 
 
+def test_prodigys_flags(train):
+    """Each of Prodigy's flags reaches the optimizer, by its default or as given, and also as a run goes on."""
+    names = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
+    flags = ("--optimizer", "prodigy", "--learning_rate", 1, "--max_train_steps", 1, "--checkpointing_steps", 1)
+    (group,) = groups_of(train("plain", *flags))
+    assert [group[name] for name in names] == [None, True, True, True]
+    given = {"beta3": 0.9, "decouple": False, "use_bias_correction": False, "safeguard_warmup": False}
+    words = [word for name, value in given.items() for word in (f"--prodigy_{name}", str(value))]
+    (group,) = groups_of(train("given", *flags, *words))
+    assert {name: group[name] for name in names} == given
+    flags += ("--max_train_steps", 2, "--checkpoints_total_limit", 1, "--resume_from_checkpoint", "latest")
+    (group,) = groups_of(train("plain", *flags, *words))
+    assert {name: group[name] for name in names} == given and group["k"] == 2
+
+
 # Resuming and stopping.
 
 
@@ -469,13 +503,15 @@ RESUMED = {
     "--validation_samples 1 --validation_steps 2 --text_encoder_lr 1e-3 --proportion_empty_prompts 0.3",
     "prodigy": "--optimizer prodigy --learning_rate 1 --use_dora --lora_dropout 0.1",
     "8bit": "--use_8bit_adam --rank 128 --no_encoding_cache",
+    "sdxl": "--train_text_encoder --lora_dropout 0.1 --text_encoder_lr 1e-3 --proportion_empty_prompts 0.3",
 }
 
 
 @pytest.mark.parametrize("kind", RESUMED)
-def test_resuming_is_exact_at_every_step(train, kind):
+def test_resuming_is_exact_at_every_step(train, tiny_model, tiny_sdxl_model, kind):
     """Whatever step a run is resumed at, it ends with the same bits of adapters, optimizer and log."""
-    flags = ("--max_train_steps", 4, "--train_batch_size", 1, "--gradient_accumulation_steps", 2)
+    flags = ("--pretrained_model_name_or_path", tiny_sdxl_model if kind == "sdxl" else tiny_model)
+    flags += ("--max_train_steps", 4, "--train_batch_size", 1, "--gradient_accumulation_steps", 2)
     flags += ("--checkpointing_steps", 1, *RESUMED[kind].split())
     whole = train("whole", *flags)
     state = flat(torch.load(whole / "checkpoint-4" / "optimizer.bin", weights_only=True))
@@ -605,6 +641,39 @@ def test_defaults_of_the_ways(tiny_model, pictures, tmp_path, monkeypatch, capsy
     assert (tmp_path / wanted["output_dir"] / FILE).exists() and "train_batch_size 1," in said
 
 
+class Stopped(Exception):
+    """Ends a run where it would begin to train."""
+
+
+@pytest.mark.parametrize("prior, epoch", [(False, 3 * 6), (True, 20)])
+def test_epochs(train, tmp_path, monkeypatch, prior, epoch):
+    """An epoch is --repeats passes over six pictures, or one over the class if that is longer."""
+    resolved = []
+
+    def stop(accelerator, args, *rest):
+        resolved.append(args)
+        raise Stopped
+
+    monkeypatch.setattr(script, "fill_cache", stop)
+    flags = ("--instance_prompt", "sks", "--num_train_epochs", 2, "--validation_epochs", 1, "--repeats", 3)
+    if prior:
+        made = make_pictures(tmp_path / "class", count=20)
+        flags += (
+            "--with_prior_preservation",
+            "--class_data_dir",
+            made,
+            "--class_prompt",
+            "a",
+            "--num_class_images",
+            20,
+        )
+    place = FLAGS.index("--max_train_steps")
+    monkeypatch.setattr(sys.modules[__name__], "FLAGS", FLAGS[:place] + FLAGS[place + 2 :])
+    with pytest.raises(Stopped):
+        train("out", *flags)
+    assert (resolved[0].max_train_steps, resolved[0].validation_steps) == (2 * epoch / 2, epoch / 2)
+
+
 def captions_of(model, *flags):
     """The captions of the pictures that the flags name, in order."""
     argv = [str(flag) for flag in ("--pretrained_model_name_or_path", model, *flags)]
@@ -685,6 +754,11 @@ MISTAKES = [
     ("--pretrained_model_name_or_path ./nowhere", "./nowhere"),
     ("--local_rank 0", "--local_rank"),
     ("--tokenizer_name other", "--tokenizer_name"),
+    ("--do_edm_style_training", "--do_edm_style_training: it is for Playground v2.5"),
+    ("--debug_loss", "--debug_loss: "),
+    ("--enable_npu_flash_attention", "--enable_npu_flash_attention: "),
+    ("--prodigy_decouple=maybe", "--prodigy_decouple: must be true or false, not maybe"),
+    ("--prodigy_decouple=[", "--prodigy_decouple: must be true or false, not ["),
     *(
         (f"{flag} 1", f"{flag}: it is for DeepFloyd IF")
         for flag in sorted(script.REFUSED)
@@ -705,31 +779,105 @@ def test_refused(capsys, tiny_model, pictures, words, says):
     assert end.value.code == 2 and says in said and len(said) < 320
 
 
-# The flags of the reference's documented commands for these two scripts, in short.
-DOCUMENTED = [
-    "--dataset_name d/n --caption_column text --resolution 512 --random_flip --train_batch_size 1 --seed 42 "
+@pytest.mark.parametrize(
+    "words, config, wanted",
+    [
+        ("", "", True),
+        ("--prodigy_decouple", "", True),
+        ("--prodigy_decouple=False", "", False),
+        ("--prodigy_decouple false --seed 1", "", False),
+        ("", "prodigy_decouple: false", False),
+        ("--prodigy_decouple", "prodigy_decouple: false", True),
+        ("--prodigy_decouple=no", "prodigy_decouple: true", False),
+    ],
+)
+def test_yes_or_no(tiny_model, pictures, tmp_path, words, config, wanted):
+    """A flag that is on unless told otherwise is turned off as the reference's is, or by a plain no or false."""
+    (tmp_path / "config.yaml").write_text(config)
+    argv = ["--config", str(tmp_path / "config.yaml"), "--pretrained_model_name_or_path", str(tiny_model)]
+    args = script.parse_args([*argv, "--train_data_dir", str(pictures), *words.split()])
+    assert args.prodigy_decouple is wanted and args.prodigy_safeguard_warmup is True
+
+
+# The flags of the reference's documented commands for its scripts of adapters, in short; those of SDXL come after.
+DOCUMENTED = {
+    "readme": "--dataset_name d/n --caption_column text --resolution 512 --random_flip --train_batch_size 1 --seed 42 "
     "--num_train_epochs 100 --checkpointing_steps 5000 --learning_rate 1e-04 --lr_scheduler constant "
     "--lr_warmup_steps 0 --output_dir out --validation_prompt dragon --report_to wandb",
-    "--dataset_name d/n --dataloader_num_workers 8 --resolution 512 --center_crop --random_flip --train_batch_size 1 "
-    "--gradient_accumulation_steps 4 --max_train_steps 15000 --learning_rate 1e-04 --max_grad_norm 1 --seed 1337 "
-    "--lr_scheduler cosine --lr_warmup_steps 0 --output_dir out --push_to_hub --hub_model_id me/it "
-    "--report_to wandb --checkpointing_steps 500 --validation_prompt naruto",
-    "--instance_data_dir {data} --output_dir out --instance_prompt sks --resolution 512 --train_batch_size 1 "
-    "--gradient_accumulation_steps 1 --checkpointing_steps 100 --learning_rate 1e-4 --report_to wandb --seed 0 "
-    "--lr_scheduler constant --lr_warmup_steps 0 --max_train_steps 500 --validation_prompt sks "
-    "--validation_epochs 50 --push_to_hub",
-]
+    "guide": "--dataset_name d/n --dataloader_num_workers 8 --resolution 512 --center_crop --random_flip "
+    "--train_batch_size 1 --gradient_accumulation_steps 4 --max_train_steps 15000 --learning_rate 1e-04 "
+    "--max_grad_norm 1 --seed 1337 --lr_scheduler cosine --lr_warmup_steps 0 --output_dir out --push_to_hub "
+    "--hub_model_id me/it --report_to wandb --checkpointing_steps 500 --validation_prompt naruto",
+    "subject": "--instance_data_dir {data} --output_dir out --instance_prompt sks --resolution 512 "
+    "--train_batch_size 1 --gradient_accumulation_steps 1 --checkpointing_steps 100 --learning_rate 1e-4 "
+    "--report_to wandb --seed 0 --lr_scheduler constant --lr_warmup_steps 0 --max_train_steps 500 "
+    "--validation_prompt sks --validation_epochs 50 --push_to_hub",
+    "sdxl": "--pretrained_vae_model_name_or_path me/vae --dataset_name d/n --caption_column text --resolution 1024 "
+    "--random_flip --train_batch_size 1 --num_train_epochs 2 --checkpointing_steps 500 --learning_rate 1e-04 "
+    "--lr_scheduler constant --lr_warmup_steps 0 --mixed_precision fp16 --seed 42 --output_dir out "
+    "--validation_prompt dragon --report_to wandb --push_to_hub",
+    "sdxl-deepspeed": "--pretrained_vae_model_name_or_path me/vae --dataset_name d/n --caption_column text "
+    "--resolution 1024 --train_batch_size 1 --num_train_epochs 2 --checkpointing_steps 2 --learning_rate 1e-04 "
+    "--lr_scheduler constant --lr_warmup_steps 0 --mixed_precision fp16 --max_train_steps 20 --validation_epochs 20 "
+    "--seed 1234 --output_dir out --validation_prompt dragon",
+    "sdxl-text": "--dataset_name d/n --caption_column text --resolution 1024 --random_flip --train_batch_size 1 "
+    "--num_train_epochs 2 --checkpointing_steps 500 --learning_rate 1e-04 --lr_scheduler constant "
+    "--lr_warmup_steps 0 --seed 42 --output_dir out --train_text_encoder --validation_prompt dragon "
+    "--report_to wandb --push_to_hub",
+    "sdxl-subject": "--instance_data_dir {data} --pretrained_vae_model_name_or_path me/vae --output_dir out "
+    "--mixed_precision fp16 --instance_prompt sks --resolution 1024 --train_batch_size 1 "
+    "--gradient_accumulation_steps 4 --learning_rate 1e-4 --report_to wandb --lr_scheduler constant "
+    "--lr_warmup_steps 0 --max_train_steps 500 --validation_prompt sks --validation_epochs 25 --seed 0 --push_to_hub "
+    "--enable_xformers_memory_efficient_attention --gradient_checkpointing --use_8bit_adam --use_dora",
+    # Its model is refused as it is loaded: see test_families.py.
+    "playground": "--instance_data_dir {data} --output_dir out --mixed_precision fp16 --instance_prompt sks "
+    "--resolution 1024 --train_batch_size 1 --gradient_accumulation_steps 4 --learning_rate 1e-4 --use_8bit_adam "
+    "--report_to wandb --lr_scheduler constant --lr_warmup_steps 0 --max_train_steps 500 --validation_prompt sks "
+    "--validation_epochs 25 --seed 0 --push_to_hub",
+}
+# All flags of the reference's four scripts of adapters: on pictures, on a subject, and those two of SDXL.
+REFERENCE = """
+    adam_beta1 adam_beta2 adam_epsilon adam_weight_decay adam_weight_decay_text_encoder allow_tf32 cache_dir
+    caption_column center_crop checkpointing_steps checkpoints_total_limit class_data_dir class_labels_conditioning
+    class_prompt dataloader_num_workers dataset_config_name dataset_name debug_loss do_edm_style_training
+    enable_npu_flash_attention enable_xformers_memory_efficient_attention gradient_accumulation_steps
+    gradient_checkpointing hub_model_id hub_token image_column image_interpolation_mode instance_data_dir
+    instance_prompt learning_rate local_rank logging_dir lora_dropout lr_num_cycles lr_power lr_scheduler
+    lr_warmup_steps max_grad_norm max_train_samples max_train_steps mixed_precision noise_offset num_class_images
+    num_train_epochs num_validation_images optimizer output_dir output_kohya_format pre_compute_text_embeddings
+    prediction_type pretrained_model_name_or_path pretrained_vae_model_name_or_path prior_generation_precision
+    prior_loss_weight prodigy_beta3 prodigy_decouple prodigy_safeguard_warmup prodigy_use_bias_correction push_to_hub
+    random_flip rank repeats report_to resolution resume_from_checkpoint revision sample_batch_size scale_lr seed
+    snr_gamma text_encoder_lr text_encoder_use_attention_mask tokenizer_max_length tokenizer_name train_batch_size
+    train_data_dir train_text_encoder use_8bit_adam use_dora validation_epochs validation_images validation_prompt
+    variant with_prior_preservation
+""".split()
 
 
-@pytest.mark.parametrize("command", DOCUMENTED, ids=["readme", "guide", "subject"])
+@pytest.mark.parametrize("command", DOCUMENTED.values(), ids=DOCUMENTED)
 def test_documented_commands(pictures, command):
-    """What the reference documents for its two scripts is taken, and every number arrives."""
+    """What the reference documents for its scripts is taken, and every number arrives."""
     words = command.format(data=pictures).split()
     args = script.parse_args(["--pretrained_model_name_or_path", "owner/model", *words])
     for flag, value in zip(words, [*words[1:], "--"]):
         if flag.startswith("--"):
             got = getattr(args, flag[2:])
             assert got is True if value.startswith("--") else got == type(got)(value), flag
+
+
+def test_every_flag_of_the_reference(monkeypatch):
+    """Each is taken under its name, or refused with its reason."""
+    assert len({*REFERENCE}) == 84
+    added, original = set(), script.argparse._ActionsContainer.add_argument
+
+    def add(self, *names, **settings):
+        added.update(names)
+        return original(self, *names, **settings)
+
+    monkeypatch.setattr(script.argparse._ActionsContainer, "add_argument", add)
+    with pytest.raises(SystemExit):
+        script.parse_args([])
+    assert {f"--{name}" for name in REFERENCE} - added == {*script.REFUSED}
 
 
 def test_deepfloyd_is_refused(capsys, pictures):
@@ -767,12 +915,14 @@ def test_what_is_published(tiny_model, pictures, tmp_path, monkeypatch, hub):
     assert re.search(r"load_lora_weights\('[\w/]*it'\)", card)
 
 
-def test_the_printed_code_runs(tiny_model, pictures, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("model", ["tiny_model", "tiny_sdxl_model"])
+def test_the_printed_code_runs(model, request, pictures, tmp_path, monkeypatch, capsys):
     """The lines at the end of a run load base and adapters, from any folder, and draw a picture."""
     monkeypatch.chdir(tmp_path)
-    run(script, *flags_of(tiny_model, pictures, "it"))
+    base = request.getfixturevalue(model)
+    run(script, *flags_of(base, pictures, "it"))
     card = (tmp_path / "it" / "README.md").read_text()  # its code is for others, who have no such folders
-    assert "load_lora_weights('it')" in card and str(tiny_model.parent) not in card and str(tmp_path) not in card
+    assert "load_lora_weights('it')" in card and str(base.parent) not in card and str(tmp_path) not in card
     code = re.search(
         r"^from diffusers .*?\.save\('picture.png'\)$", capsys.readouterr().out, re.DOTALL | re.MULTILINE
     )[0]
