@@ -16,7 +16,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, make_pictures, metrics, run, same, weights
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models.resnet import ResnetBlock2D
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -516,6 +523,9 @@ DOCUMENTED += [f"{DOCUMENTED[0]} {more}" for more in (
     "--gradient_checkpointing --mixed_precision fp16",
     "--enable_xformers_memory_efficient_attention",
     "--checkpointing_steps 500 --resume_from_checkpoint latest",
+    # Of SDXL's script.
+    "--pretrained_model_name_or_path=stabilityai/stable-diffusion-xl-base-1.0 --mixed_precision=bf16 --resolution=768 "
+    "--max_train_steps=500 --save_as_full_pipeline --output_dir=./textual_inversion_cat_sdxl",
 )]  # fmt: skip
 REFERENCE = """
     save_steps save_as_full_pipeline num_vectors pretrained_model_name_or_path revision variant tokenizer_name
@@ -525,7 +535,8 @@ REFERENCE = """
     adam_weight_decay adam_epsilon push_to_hub hub_token hub_model_id logging_dir mixed_precision allow_tf32 report_to
     validation_prompt num_validation_images validation_steps validation_epochs local_rank checkpointing_steps
     checkpoints_total_limit resume_from_checkpoint enable_xformers_memory_efficient_attention no_safe_serialization
-""".split()
+    use_8bit_adam
+""".split()  # of both scripts: the last flag is of SDXL's
 
 
 @pytest.mark.parametrize("command", DOCUMENTED)
@@ -539,7 +550,7 @@ def test_documented_commands(command, tmp_path, monkeypatch):
 
 def test_every_flag_of_the_reference(monkeypatch):
     """Each stands here under its name, or is refused with its reason."""
-    assert len(REFERENCE) == 48
+    assert len({*REFERENCE}) == 49
     added = set()
     original = script.argparse._ActionsContainer.add_argument
     monkeypatch.setattr(
@@ -561,12 +572,13 @@ RICH = (
 )
 
 
-def test_resuming_is_exact_at_every_step(train, dropout_model):
+@pytest.mark.parametrize("model, steps", [("dropout_model", range(1, 7)), ("tiny_sdxl_model", [3])])
+def test_resuming_is_exact_at_every_step(train, request, model, steps):
     """Whatever step a run is resumed at, it ends with the same bits of vectors, moments and log."""
-    flags = (*RICH, "--pretrained_model_name_or_path", dropout_model)
+    flags = (*RICH, "--pretrained_model_name_or_path", request.getfixturevalue(model))
     whole = train("whole", *flags)
     assert len({loss for _, loss in metrics(whole, "loss")}) == 6
-    for step in (1, 2, 3, 4, 5, 6):
+    for step in steps:
         begun = whole.with_name(f"from-{step}") / f"checkpoint-{step}"
         shutil.copytree(whole / begun.name, begun)
         resumed = train(begun.parent.name, *flags, "--resume_from_checkpoint", "latest")
@@ -574,7 +586,12 @@ def test_resuming_is_exact_at_every_step(train, dropout_model):
             name = f"checkpoint-{later}"
             assert same(everything(resumed / name), everything(whole / name)), f"{name}, resumed at step {step}"
         assert logged(resumed) == logged(whole), f"resumed at step {step}"
-        assert torch.equal(vectors(resumed), vectors(whole)), f"resumed at step {step}"
+        results = [{file.name: file.read_bytes() for file in out.glob("*.safetensors")} for out in (resumed, whole)]
+        assert {name for name in results[1] if "steps" not in name} == {*files_of(model)}
+        assert results[0].items() <= results[1].items(), (
+            f"resumed at step {step}"
+        )  # copies of earlier steps are not there
+        assert results[0].keys() >= {*files_of(model)}
 
 
 def test_dropout_draws(train, plain_run):
@@ -731,6 +748,23 @@ def finished(tiny_model, pictures, tmp_path_factory):
     return out
 
 
+def files_of(model):
+    """The files that a run leaves of the vectors: one for each text encoder, and for SDXL one of both."""
+    more = ["learned_embeds_2.safetensors", "learned_embeds_xl.safetensors"] if "sdxl" in str(model) else []
+    return ["learned_embeds.safetensors", *more]
+
+
+def load_files(base, folder, files):
+    """The base model's pipeline with the vectors of a folder's files, each in the text encoder of its number."""
+    pipeline = DiffusionPipeline.from_pretrained(base)
+    for name in files:
+        if "_xl" not in name:  # which is for other programs
+            part = "_2" if "_2" in name else ""
+            parts = {kind: getattr(pipeline, f"{kind}{part}") for kind in ("text_encoder", "tokenizer")}
+            pipeline.load_textual_inversion(folder, weight_name=name, **parts)
+    return pipeline
+
+
 def draw(pipeline, prompt):
     """A small picture from a fixed seed, as numbers."""
     pipeline.set_progress_bar_config(disable=True)
@@ -765,18 +799,23 @@ def test_the_result_loads_in_diffusers(finished, tiny_model):
     }
 
 
-def test_training_sees_what_the_pipeline_makes(train, seen, tiny_model):
+@pytest.mark.parametrize("model", ["tiny_model", "tiny_sdxl_model"])
+def test_training_sees_what_the_pipeline_makes(train, seen, request, model):
     """A caption's embeddings are those that diffusers gives the prompt with the word in it."""
-    out = train("out", "--learning_rate", 0.1)
+    base = request.getfixturevalue(model)
+    out = train("out", "--learning_rate", 0.1, "--pretrained_model_name_or_path", base)
     models = seen["models"]
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
-    pipeline.load_textual_inversion(out)
+    pipeline = load_files(base, out, files_of(model))
     caption, prompt = (f"a picture of {tokens}" for tokens in (f"{WORD} {WORD}_1 {WORD}_2", WORD))
+    settings = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     with torch.no_grad():
-        trained = script.encode_prompts(models, [caption])["encoder_hidden_states"]
-        wanted = pipeline.encode_prompt(prompt, "cpu", 1, False)[0]
-        assert torch.equal(models.pipeline.encode_prompt(prompt, "cpu", 1, False)[0], wanted)
-    torch.testing.assert_close(trained, wanted)
+        trained = script.encode_prompts(models, [caption])
+        for each in (pipeline, models.pipeline):
+            states, _, *pooled = each.encode_prompt(prompt, **settings)
+            torch.testing.assert_close(trained["encoder_hidden_states"], states)
+            assert len(pooled) == 2 * (model == "tiny_sdxl_model")
+            if pooled:
+                torch.testing.assert_close(trained["text_embeds"], pooled[0])
 
 
 def test_the_whole_pipeline_is_the_base(finished, tiny_model):
@@ -790,6 +829,62 @@ def test_the_whole_pipeline_is_the_base(finished, tiny_model):
             assert torch.equal(after[name], tensor), name
 
 
+@pytest.fixture(scope="module")
+def finished_sdxl(tiny_sdxl_model, pictures, tmp_path_factory):
+    """The output folder of such a run on SDXL, and the models that it trained."""
+    out, models, original = tmp_path_factory.mktemp("finished") / "out", [], script.load_models
+    flags = ("--save_as_full_pipeline", "--mixed_precision", "bf16", "--checkpointing_steps", 2, "--save_steps", 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "load_models", lambda args: models.append(original(args)) or models[0])
+        more = ("--learning_rate", 0.1, "--adam_weight_decay", 1)
+        run(script, *flags_of(tiny_sdxl_model, pictures, out, *flags, *more))
+    return out, models[0]
+
+
+def test_sdxls_files_load_in_diffusers(finished_sdxl, tiny_sdxl_model):
+    """Each file gives its text encoder the word; both are the whole pipeline; other words keep what they had."""
+    out, _ = finished_sdxl
+    first, second, both = files_of(tiny_sdxl_model)
+    base = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl_model)
+    plain, unknown = draw(base, "a red one"), draw(base, f"a {WORD}")
+    pictures = {}
+    for files in ([first], [second], [first, second]):
+        pipeline = load_files(tiny_sdxl_model, out, files)
+        assert torch.equal(draw(pipeline, "a red one"), plain)
+        pictures[len(pictures)] = draw(pipeline, f"a {WORD}")
+    assert len({picture.numpy().tobytes() for picture in (unknown, *pictures.values())}) == 4
+    whole = StableDiffusionXLPipeline.from_pretrained(out)
+    assert torch.equal(draw(whole, f"a {WORD}"), pictures[2]) and torch.equal(draw(whole, "a red one"), plain)
+    assert same(load_file(out / both), {"clip_l": vectors(out, first), "clip_g": vectors(out, second)})
+    for name in (first, second):
+        assert torch.equal(vectors(out / "checkpoint-4", name), vectors(out, name))
+        copy = vectors(out, name.replace(".", "-steps-3."))
+        assert copy.shape == vectors(out, name).shape and not torch.equal(copy, vectors(out, name))
+
+
+def test_only_sdxls_vectors_move(finished_sdxl, tiny_sdxl_model):
+    """Both tables and encoders stay bit for bit, in memory and in the whole pipeline; all new rows move."""
+    out, models = finished_sdxl
+    before, after = weights(tiny_sdxl_model), weights(out)
+    for part, encoder, name in zip(script.TEXT_ENCODERS, models.text_encoders, files_of(tiny_sdxl_model)):
+        (table,) = (
+            f"{part}/{key}" for key in weights(tiny_sdxl_model / part) if key.endswith("token_embedding.weight")
+        )
+        embeddings = encoder.get_input_embeddings()
+        assert torch.equal(embeddings.table.weight, before[table])
+        assert torch.equal(after[table], torch.cat([before[table], vectors(out, name)]))
+        assert torch.equal(embeddings.rows, vectors(out, name))
+        tokenizer = CLIPTokenizer.from_pretrained(tiny_sdxl_model / part.replace("text_encoder", "tokenizer"))
+        ids = tokenizer("red", add_special_tokens=False).input_ids
+        assert (vectors(out, name) != before.pop(table)[ids]).any(dim=1).all()
+        start = type(encoder).from_pretrained(tiny_sdxl_model / part).state_dict()
+        now = {key.replace(".table.", "."): t for key, t in encoder.state_dict().items() if not key.endswith(".rows")}
+        assert same(now, start), part
+    assert same({name: after[name] for name in before}, before)
+    held = [tensor.shape for tensor in optimizer_state(out / "checkpoint-4").values() if tensor.ndim > 1]
+    assert sorted({*held}) == [(3, 32), (3, 48)]
+
+
 def test_without_the_flag_there_is_no_pipeline(train):
     """The result is the file alone, of some hundred bytes, with its card."""
     out = train("out")
@@ -799,16 +894,22 @@ def test_without_the_flag_there_is_no_pipeline(train):
     assert (out / "learned_embeds.safetensors").stat().st_size < 1000
 
 
+@pytest.mark.parametrize("model", ["tiny_model", "tiny_sdxl_model"])
 @pytest.mark.parametrize("flags", [(), ("--save_as_full_pipeline",)], ids=["file", "pipeline"])
-def test_the_lines_that_load_it(train, seen, tmp_path, monkeypatch, capsys, flags):
+def test_the_lines_that_load_it(train, seen, request, tmp_path, monkeypatch, capsys, model, flags):
     """Those printed at the end make a picture; those in the card name no folder of this machine."""
-    out = train("out", *flags, "--max_train_steps", 1)
-    code = capsys.readouterr().out.split("To load it:")[1]
+    base = request.getfixturevalue(model)
+    out = train("out", *flags, "--max_train_steps", 1, "--pretrained_model_name_or_path", base)
+    code = capsys.readouterr().out.split("To load it:")[1].replace("width=32", "width=32, num_inference_steps=2")
     monkeypatch.chdir(tmp_path)
-    exec(code, {})
+    names = {}
+    exec(code, names)
     assert Image.open(tmp_path / "picture.png").size == (32, 32)
+    tokenizers = [part for name, part in names["pipeline"].components.items() if name.startswith("tokenizer")]
+    assert len(tokenizers) == 1 + (model == "tiny_sdxl_model")
+    assert [len(tokenizer.tokenize(WORD)) for tokenizer in tokenizers] == [1] * len(tokenizers)
     card = (out / "README.md").read_text()
-    assert str(tmp_path.parent) not in card and "'tiny'" in card if not flags else "'out'" in card
+    assert str(tmp_path.parent) not in card and (f"'{base.name}'" in card) == (not flags) and "'out'" in card
     if not flags:  # also where the folder's name is all that was given
         args = script.parse_args(["--config", str(out / "train_args.yaml"), "--output_dir", "out"])
         assert str(tmp_path.parent) not in script.loading_code(args, seen["models"], "out")
