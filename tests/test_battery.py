@@ -1,4 +1,4 @@
-"""Kills over all scripts and families of base models, whose hooks write and read what the shared text saves: for `make test-all`."""
+"""Kills over all scripts and families, whose hooks write and read what the shared text saves: for `make test-all`."""
 
 import random
 import signal
