@@ -73,6 +73,7 @@ non_negative = functools.partial(bounded, kind=float, low=0.0)
 fraction = functools.partial(bounded, kind=float, low=0.0, high=1.0)
 below_one = functools.partial(bounded, kind=float, low=0.0, high=0.999999)
 switch = {"action": argparse.BooleanOptionalAction, "default": False}
+NOISE_ALONE = "where the schedule ends in noise alone (--rescale_betas_zero_snr), take --prediction_type v_prediction"
 # Flags that say the same in other words.
 REPLACES = {
     "validation_steps": "validation_epochs",
@@ -238,19 +239,29 @@ def lies_in(path, folder):
     return bool(path and folder) and Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 
+def may_be_model(path):
+    """Tells whether a path is a folder or, by its form, a repository of the Hub."""
+    return Path(path).is_dir() or (
+        re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) and not path.endswith(".safetensors")
+    )
+
+
 def base_problems(args):
-    """Lists what can be wrong with the flags that say where the base model is: (whether it is so, the sentence)."""
-    base, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+    """Lists what can be wrong with the flags that say what the base model is: (whether it is so, the sentence)."""
+    base, config = args.pretrained_model_name_or_path, args.single_file_config
+    vae = args.pretrained_vae_model_name_or_path
     single_file, pickled = base.endswith(".safetensors"), Path(base).suffix in (".ckpt", ".pt", ".pth", ".bin")
-    on_hub = args.revision or vars(args).get("non_ema_revision")
-    flag, hub_id = "--pretrained_model_name_or_path", functools.partial(re.fullmatch, r"[\w-][\w.-]*(/[\w.-]+)?")
+    on_hub = args.revision or args.variant or vars(args).get("non_ema_revision")
+    flag, nowhere = "--pretrained_model_name_or_path", "is no folder in diffusers format and no Hub id"
     return [
         (pickled, f"{flag} {base} is a pickle, which can run any code as it loads: convert it to .safetensors"),
         (single_file and not Path(base).is_file(), f"{flag} {base} is not a file"),
-        (not (single_file or hub_id(base) or Path(base).is_dir()), f"{flag} {base} is no folder and no Hub id"),
-        (single_file and on_hub, "a revision is of the Hub's, and the base model is a file"),
-        (args.single_file_config and not single_file, f"--single_file_config needs a .safetensors file, not {base}"),
-        (vae and not (hub_id(vae) or Path(vae).is_dir()), f"--pretrained_vae_model_name_or_path {vae} is no folder"),
+        (not single_file and not may_be_model(base), f"{flag} {base} {nowhere}"),
+        (single_file and on_hub, f"--revision, --non_ema_revision, --variant are for the Hub, and {base} is a file"),
+        (config and not single_file, f"--single_file_config needs a .safetensors file, not {base}"),
+        (config and not may_be_model(config), f"--single_file_config {config} {nowhere}"),
+        (vae and not may_be_model(vae), f"--pretrained_vae_model_name_or_path {vae} {nowhere}"),
+        (args.rescale_betas_zero_snr and args.prediction_type == "epsilon", NOISE_ALONE),
     ]
 
 
@@ -321,7 +332,9 @@ VALIDATION_STEPS = 25  # of the sampler
 SMALL_SET = 10_000  # latents, of 131 kB at 512 x 512, that are kept even if this run meets each just once
 VALIDATION_DRAWS = 4  # noises and timesteps for each held-out picture
 # What is uploaded: no checkpoints, no logs, no arguments with their local paths.
-PUBLISHED = "README.md model_index.json samples/* unet/* vae/* text_encoder*/* tokenizer*/* scheduler/*".split()
+PUBLISHED = "README.md model_index.json samples/* unet/* vae/* scheduler/*".split()
+PUBLISHED += "text_encoder/* text_encoder_2/* tokenizer/* tokenizer_2/*".split()
+PADDED = {"padding": "max_length", "truncation": True}  # UNets attend to the padding as well
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 # The families, by their pipelines, and what these are told beside where the files are.
 PIPELINES = {
@@ -629,26 +642,49 @@ def weights_digest(model):
 
 def open_pipeline(args, variant):
     """Opens the base model in float32 as the pipeline that its model_index.json, or a single file's names, ask for."""
-    base, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
-    files, single_file = {"cache_dir": args.cache_dir, "dtype": torch.float32}, base.endswith(".safetensors")
-    if single_file:
+    base, files = args.pretrained_model_name_or_path, {"cache_dir": args.cache_dir, "dtype": torch.float32}
+    if base.endswith(".safetensors"):
         with safe_open(base, "pt") as file:
-            name = list(PIPELINES)[any(key.startswith("conditioner.") for key in file.keys())]
+            keys = {*file.keys()}
+        xl = any(key.startswith("conditioner.") for key in keys)
+        name = "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
     else:
         name = DiffusionPipeline.load_config(base, revision=args.revision, cache_dir=args.cache_dir)["_class_name"]
         if name not in PIPELINES:
             raise SystemExit(f"{base} is a {name}, and this script trains {' and '.join(PIPELINES)}.")
     parts = PIPELINES[name] | {"feature_extractor": None}
-    if vae:
-        parts["vae"] = AutoencoderKL.from_pretrained(vae, use_safetensors=True, **files)
-    if single_file:
-        pipeline = getattr(diffusers, name).from_single_file(base, config=args.single_file_config, **files, **parts)
-        encoders = [model for part, model in pipeline.components.items() if part in TEXT_ENCODERS]
-        if any(weights.is_meta for model in encoders for weights in model.parameters()):
-            raise ValueError("it lacks weights of a text encoder")
-        return pipeline
-    files |= {"revision": args.revision, "variant": variant, "use_safetensors": True}
-    return getattr(diffusers, name).from_pretrained(base, **files, **parts)
+    if vae := args.pretrained_vae_model_name_or_path:
+        try:
+            parts["vae"] = AutoencoderKL.from_pretrained(vae, use_safetensors=True, **files)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"--pretrained_vae_model_name_or_path {vae} cannot be loaded: {error}")
+    if not base.endswith(".safetensors"):
+        files |= {"revision": args.revision, "variant": variant, "use_safetensors": True}
+        return getattr(diffusers, name).from_pretrained(base, **files, **parts)
+    pipeline = getattr(diffusers, name).from_single_file(base, config=args.single_file_config, **files, **parts)
+    encoders = [model for part, model in pipeline.components.items() if part in TEXT_ENCODERS and model]
+    if any(weights.is_meta for model in encoders for weights in model.parameters()):
+        raise ValueError("it lacks weights of a text encoder")
+    if "v_pred" in keys:  # these two are all that a single file can say of its scheduler
+        pipeline.scheduler.register_to_config(prediction_type="v_prediction")
+    if "ztsnr" in keys:
+        pipeline.scheduler.register_to_config(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    return pipeline
+
+
+def set_schedule(args, pipeline):
+    """Has a pipeline's scheduler sample as the UNet will be trained: by --prediction_type, and from noise alone."""
+    scheduler, config = type(pipeline.scheduler), dict(pipeline.scheduler.config)
+    config["prediction_type"] = args.prediction_type or config["prediction_type"]
+    if args.rescale_betas_zero_snr:
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if config.get("rescale_betas_zero_snr"):
+        if config["prediction_type"] == "epsilon":
+            raise SystemExit(f"{args.pretrained_model_name_or_path}: {NOISE_ALONE}.")
+        # Not all, such as the PNDM of SD 1.x, can sample from noise alone.
+        able = "rescale_betas_zero_snr" in inspect.signature(scheduler).parameters
+        scheduler = scheduler if able else EulerDiscreteScheduler
+    pipeline.scheduler = scheduler.from_config(config)
 
 
 def load_pipeline(args):
@@ -657,30 +693,25 @@ def load_pipeline(args):
     Sets args.resolution to the usual one of its family unless it is given.
     """
     base, error = args.pretrained_model_name_or_path, None
-    for variant in [args.variant] if args.variant else [None, "fp16"]:
+    single_file = base.endswith(".safetensors")
+    for variant in [args.variant] if args.variant or single_file else [None, "fp16"]:
         try:
             pipeline = open_pipeline(args, variant)
             break
         except Exception as caught:  # diffusers raises nearly anything over files that it cannot use
             error = error or caught
     else:
-        hint = " Offline, a single file needs --single_file_config." if base.endswith(".safetensors") else ""
+        missing = single_file and not args.single_file_config
+        hint = " Without a network, and for SD 2.x, a single file needs --single_file_config." if missing else ""
         raise SystemExit(f"{base} cannot be loaded as a Stable Diffusion model of safetensors files: {error}{hint}")
-    unet, scheduler = pipeline.unet.config, pipeline.scheduler
-    inpaints = {unet.in_channels, pipeline.vae.config.latent_channels} != {4}
-    refines = unet.addition_embed_type not in (None, "text_time") or pipeline.text_encoder is None
-    if inpaints or refines or "EDM" in type(scheduler).__name__:
+    unet = pipeline.unet.config
+    foreign = {unet.in_channels, pipeline.vae.config.latent_channels} != {4} or pipeline.text_encoder is None
+    foreign |= unet.addition_embed_type not in (None, "text_time") or "EDM" in type(pipeline.scheduler).__name__
+    if foreign:
         raise SystemExit(
-            f"{base} is no text-to-image model of Stable Diffusion 1.x, 2.x or XL, which this script trains."
+            f"{base} is no text-to-image model of Stable Diffusion 1.x, 2.x or XL; this script trains those."
         )
-    changes = {"prediction_type": args.prediction_type or scheduler.config.prediction_type}
-    if args.rescale_betas_zero_snr:
-        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    # Not all of them, such as the PNDM of SD 1.x, can sample from a schedule that ends in noise alone.
-    able = not args.rescale_betas_zero_snr or "rescale_betas_zero_snr" in inspect.signature(type(scheduler)).parameters
-    pipeline.scheduler = (type(scheduler) if able else EulerDiscreteScheduler).from_config(scheduler.config, **changes)
-    if changes["prediction_type"] == "epsilon" and pipeline.scheduler.config.get("rescale_betas_zero_snr"):
-        raise SystemExit("Where the noise schedule ends in noise alone, --prediction_type has to be v_prediction.")
+    set_schedule(args, pipeline)
     for part in (pipeline, pipeline.unet, pipeline.vae):  # their files would name a folder of this machine
         part.register_to_config(_name_or_path=Path(base).resolve().name if Path(base).exists() else base)
     args.resolution = args.resolution or (1024 if unet.addition_embed_type else 512)
@@ -701,11 +732,12 @@ def name_parts(pipeline):
     models.tokenizers = [parts[name.replace("text_encoder", "tokenizer")] for name in names]
     for model in (models.vae, models.unet, *models.text_encoders):
         model.requires_grad_(False)
-    if len(models.text_encoders) > 1 and models.vae.config.force_upcast:  # SDXL's overflows in half precision
+    upcast = len(models.text_encoders) > 1 and models.vae.config.force_upcast  # SDXL's overflows in half precision
+    if upcast:
         for name in ("encode", "decode"):
             setattr(models.vae, name, functools.partial(in_float32, getattr(models.vae, name)))
     zeros = pipeline.config.get("force_zeros_for_empty_prompt")
-    models.vae_digest = weights_digest(models.vae)
+    models.vae_digest = digest(upcast, weights_digest(models.vae))
     models.text_digest = digest(zeros, *map(weights_digest, models.text_encoders))
     models.noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     models.idle = []  # frozen models that no step needs, kept in CPU memory
@@ -736,16 +768,17 @@ def encode_prompts(models, prompts):
     """
     hidden_states, xl = [], len(models.text_encoders) > 1
     for tokenizer, text_encoder in zip(models.tokenizers, models.text_encoders):
-        ids = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        ids = tokenizer(prompts, return_tensors="pt", **PADDED).input_ids
         # One prompt a forward pass, as with pictures, unless gradients have to flow back through a single one.
         rows = ids.to(text_encoder.device).split(len(ids) if text_encoder.training else 1)
         outputs = [text_encoder(row, output_hidden_states=xl) for row in rows]
         # SDXL takes both encoders' last layer but one (arXiv:2307.01952, section 2.1).
         hidden_states.append(torch.cat([out.hidden_states[-2] if xl else out[0] for out in outputs]).float())
     conditioning = {"encoder_hidden_states": torch.cat(hidden_states, dim=-1)}
-    if xl:
+    if xl:  # the second one's
         conditioning["text_embeds"] = torch.cat([out.text_embeds for out in outputs]).float()
-    if models.pipeline.config.get("force_zeros_for_empty_prompt"):  # SDXL's stand-in for a prompt that is not given
+    zeros = models.pipeline.config.get("force_zeros_for_empty_prompt")  # SDXL's stand-in for a prompt not given
+    if zeros and not all(prompts):
         for tensor in conditioning.values():
             tensor[[not prompt for prompt in prompts]] = 0
     return conditioning
@@ -810,7 +843,8 @@ def fill_cache(accelerator, args, models, visits, stop):
             models.idle = [model for model in frozen if model is not models.vae]
             variants = set()
         for _, caption in met if models.text_encoders[0] in frozen else ():
-            name = digest(*prompts_setting, [tokenizer(caption).input_ids for tokenizer in models.tokenizers])
+            ids = [tokenizer(caption, **PADDED).input_ids for tokenizer in models.tokenizers]
+            name = digest(*prompts_setting, ids)
             samples.cached[caption] = cache_folder(args) / "prompts" / name
         for variant in variants:
             name = digest(*latents_setting, samples.records[variant[0]]["digest"], *variant[1:])
@@ -865,8 +899,8 @@ def compute_loss(models, batch, args):
     velocity = noise_scheduler.get_velocity(latents, noise, timesteps)
     targets = {"epsilon": noise, "v_prediction": velocity, "sample": latents}
     target = targets[noise_scheduler.config.prediction_type]
-    conditioning = {"encoder_hidden_states": encoder_hidden_states, "added_cond_kwargs": added_cond_kwargs}
-    model_pred = models.unet(noisy_latents, timesteps, **conditioning).sample
+    unet = functools.partial(models.unet, added_cond_kwargs=added_cond_kwargs)
+    model_pred = unet(noisy_latents, timesteps, encoder_hidden_states).sample
     loss = F.mse_loss(model_pred.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
     loss = loss * snr_weights(noise_scheduler, timesteps, args.snr_gamma)
     if not args.with_prior_preservation or len(loss) == 1:  # a held-out picture comes alone, pairs never

@@ -1,5 +1,6 @@
 """SD 1.x, SD 2.x and SDXL in the same scripts: conditioning, VAE, noise schedule, single files, resuming."""
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -262,6 +263,29 @@ def test_vae_precision(base, upcast, full, train, tmp_path):
     assert json.loads((out / "vae" / "config.json").read_text())["force_upcast"] == upcast
 
 
+def test_caches_do_not_mix_up_precisions(tiny_sdxl_model, train, tmp_path):
+    """A VAE that now may run in half precision is not given what it encoded in float32."""
+    other = changed(tiny_sdxl_model, tmp_path / "base", "vae", force_upcast=False)
+    flags = ("--mixed_precision", "bf16", "--center_crop", "--max_train_steps", 1)
+    full = metrics(train(tiny_sdxl_model, *flags, out="full"), "loss")
+    half = metrics(train(other, *flags, out="half"), "loss")
+    assert full != half == metrics(train(other, *flags, "--encoding_cache_dir", tmp_path / "new", out="new"), "loss")
+
+
+def test_caches_do_not_mix_up_padding(tiny_sdxl_model, train, tmp_path):
+    """The same words under another padding, which the UNet attends to, are another entry."""
+    other = shutil.copytree(tiny_sdxl_model, tmp_path / "base")
+    tokenizer = DiffusionPipeline.from_pretrained(other).tokenizer_2
+    tokenizer.pad_token = "!</w>"
+    tokenizer.save_pretrained(other / "tokenizer_2")
+    losses = [
+        metrics(train(base, "--max_train_steps", 1, out="out" + base.name), "loss")
+        for base in (tiny_sdxl_model, other)
+    ]
+    new = train(other, "--max_train_steps", 1, "--encoding_cache_dir", tmp_path / "new", out="new")
+    assert losses[0] != losses[1] == metrics(new, "loss")
+
+
 def test_another_vae(tiny_sdxl_model, pictures, train, tmp_path):
     """--pretrained_vae_model_name_or_path takes the place of the base's VAE, in training and in the result."""
     torch.manual_seed(5)
@@ -308,9 +332,18 @@ def test_bases_that_are_refused(tiny_model, tiny_sdxl_model, tmp_path, capsys, m
     assert "is not a file" in sentence("missing.safetensors")
     assert "cannot be loaded" in sentence("model.safetensors", "--single_file_config", tiny_model)
     assert "--single_file_config" in sentence(tiny_model, "--single_file_config", tiny_model)
-    assert "revision" in sentence("model.safetensors", "--revision", "main")
-    assert "revision" in sentence("model.safetensors", "--non_ema_revision", "non-ema")
-    assert "is no folder" in sentence(tiny_model, "--pretrained_vae_model_name_or_path", "/no/where")
+    for words in (("--revision", "main"), ("--variant", "fp16")):
+        assert "model.safetensors is a file" in sentence("model.safetensors", *words)
+    assert "--single_file_config nowhere/at/all" in sentence(
+        "model.safetensors", "--single_file_config", "nowhere/at/all"
+    )
+    assert "model.safetensors is a file" in sentence("model.safetensors", "--non_ema_revision", "non-ema")
+    for vae in ("/no/where", "vae.safetensors"):
+        assert f"--pretrained_vae_model_name_or_path {vae} is no" in sentence(
+            tiny_model, "--pretrained_vae_model_name_or_path", vae
+        )
+    said = sentence(tiny_model, "--pretrained_vae_model_name_or_path", tiny_model / "unet")
+    assert "--pretrained_vae_model_name_or_path" in said and "cannot be loaded" in said
     flux = changed(tiny_model, tmp_path / "flux", "model_index.json", _class_name="FluxPipeline")
     assert "is a FluxPipeline" in sentence(flux)
     inpainting = changed(tiny_sdxl_model, tmp_path / "inpainting", "unet", in_channels=9)
@@ -318,6 +351,8 @@ def test_bases_that_are_refused(tiny_model, tiny_sdxl_model, tmp_path, capsys, m
     edm = changed(tiny_sdxl_model, tmp_path / "edm", "model_index.json", scheduler=["diffusers", "EDMEulerScheduler"])
     (edm / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "EDMEulerScheduler"}')
     assert "no text-to-image model" in sentence(edm)
+    torn = sentence("model.safetensors", "--single_file_config", tiny_model)
+    assert "Without a network" not in torn and "model.safetensors cannot be loaded" in torn
     refiner = changed(
         tiny_sdxl_model, tmp_path / "refiner", "model_index.json", text_encoder=[None, None], tokenizer=[None, None]
     )
@@ -424,6 +459,26 @@ def test_a_single_file_without_configs_offline(tiny_model, tmp_path, capsys):
     assert "cannot be loaded" in sentence and "--single_file_config" in sentence
 
 
+@pytest.mark.parametrize("marks", [(), ("v_pred",), ("v_pred", "ztsnr")])
+def test_what_a_single_file_says_of_its_schedule(tiny_sdxl_model, train, tmp_path, marks):
+    """A file that is marked as a v-prediction model, of zero terminal SNR or not, is trained and sampled as one."""
+    file = save_single_file(tiny_sdxl_model, tmp_path / "model.safetensors")
+    save_file(load_file(file) | {name: torch.zeros(0) for name in marks}, file)
+    out = train(file, "--single_file_config", tiny_sdxl_model, "--max_train_steps", 1)
+    config = DiffusionPipeline.from_pretrained(out).scheduler.config
+    assert config.prediction_type == ("v_prediction" if marks else "epsilon")
+    assert config.rescale_betas_zero_snr == ("ztsnr" in marks)
+
+
+def test_a_refiner_in_one_file(tiny_sdxl_model, tmp_path, capsys):
+    """A refiner's file, whose config has one text encoder, is refused as its folder is."""
+    nothing = {"text_encoder": [None, None], "tokenizer": [None, None]}
+    configs = changed(tiny_sdxl_model, tmp_path / "configs", "model_index.json", **nothing)
+    file = save_single_file(tiny_sdxl_model, tmp_path / "model.safetensors")
+    flags = ("--pretrained_model_name_or_path", file, "--single_file_config", configs)
+    assert "no text-to-image model" in refused(capsys, (*flags, "--train_data_dir", tmp_path))
+
+
 def test_a_single_file_that_lacks_weights(tiny_sdxl_model, tmp_path, capsys):
     """A file without some weights of a text encoder, which diffusers would pass over, is refused."""
     file = save_single_file(tiny_sdxl_model, tmp_path / "model.safetensors")
@@ -442,6 +497,32 @@ def test_adapters_of_a_single_file(tiny_sdxl_model, pictures, tmp_path, capsys):
     run(train_lora, *base, *out, *SMALL)
     code = capsys.readouterr().out.split("To load it:")[1]
     assert f"StableDiffusionXLPipeline.from_single_file({str(file)!r}" in code
+
+
+@pytest.mark.parametrize("name", ["train_lora", "textual_inversion"])
+def test_what_is_printed_draws_as_it_was_trained(name, tiny_model, pictures, tmp_path, monkeypatch, capsys):
+    """The lines for a result without a scheduler and a VAE of its own bring those that it was trained with."""
+    monkeypatch.chdir(tmp_path)
+    script = importlib.import_module(name)
+    torch.manual_seed(5)
+    AutoencoderKL.from_config(AutoencoderKL.load_config(tiny_model / "vae")).save_pretrained("vae")
+    flags = "--prediction_type v_prediction --rescale_betas_zero_snr --pretrained_vae_model_name_or_path vae"
+    word = ("--placeholder_token", "<x>", "--initializer_token", "a") if name == "textual_inversion" else ()
+    data = ("--pretrained_model_name_or_path", tiny_model, "--train_data_dir", pictures, "--output_dir", "out")
+    run(script, *data, *SMALL, *word, *flags.split(), "--encoding_cache_dir", "cache")
+    code = capsys.readouterr().out.split("To load it:")[1]
+    found = {}
+    exec(code[: code.index("prompt = ")], found)
+    config = found["pipeline"].scheduler.config
+    assert config.prediction_type == "v_prediction" and config.rescale_betas_zero_snr
+    assert config.timestep_spacing == "trailing"
+    vae = {
+        f"diffusion_pytorch_model.safetensors:{key}": value
+        for key, value in found["pipeline"].vae.state_dict().items()
+    }
+    assert same(vae, weights(Path("vae")))
+    card = Path("out", "README.md").read_text()
+    assert str(tmp_path) not in card and "v_prediction" in card
 
 
 # Resuming.

@@ -66,6 +66,11 @@ SHARED = {
     "weights_digest",
     "open_pipeline",
     "load_pipeline",
+    "set_schedule",
+    "base_code",
+    "may_be_model",
+    "NOISE_ALONE",
+    "PADDED",
     "in_float32",
     "name_parts",
     "encode_pixels",
@@ -131,7 +136,7 @@ HOOKS = {
 }
 # Names of one script only: {"train_lora.py": {"name", ...}, ...}
 PRIVATE = {
-    "train_text_to_image.py": {"EVENLY"},
+    "train_text_to_image.py": {"BIASED"},
     "train_lora.py": {"TARGETS", "WAYS", "truth", "yes_or_no", "file_key", "SGM", "sgm_name", "save_kohya"},
     "textual_inversion.py": {"CAPTIONS", "word_tokens", "captions_of", "Embeddings", "learned_embeds"},
     "train_unconditional.py": {"NEW_UNET", "load_base", "new_unet"},
