@@ -924,7 +924,7 @@ def test_the_printed_code_runs(model, request, pictures, tmp_path, monkeypatch, 
     card = (tmp_path / "it" / "README.md").read_text()  # its code is for others, who have no such folders
     assert "load_lora_weights('it')" in card and str(base.parent) not in card and str(tmp_path) not in card
     code = re.search(
-        r"^import diffusers .*?\.save\('picture.png'\)$", capsys.readouterr().out, re.DOTALL | re.MULTILINE
+        r"^import diffusers\n.*?\.save\('picture.png'\)$", capsys.readouterr().out, re.DOTALL | re.MULTILINE
     )[0]
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
