@@ -1158,11 +1158,12 @@ def base_code(args, models, name):
     if not Path(name).is_absolute():  # what may be published names no path of this machine
         base, vae = (Path(path).resolve().name if path and Path(path).exists() else path for path in (base, vae))
     pipeline, scheduler = type(models.pipeline).__name__, models.pipeline.scheduler
-    opened = "from_single_file" if base.endswith(".safetensors") else "from_pretrained"
+    single_file = base.endswith(".safetensors")
+    opened = "from_single_file" if single_file else "from_pretrained"
     code = f"import diffusers\n\npipeline = diffusers.{pipeline}.{opened}({base!r})\n"
     if vae:
         code += f"pipeline.vae = diffusers.AutoencoderKL.from_pretrained({vae!r})\n"
-    if args.prediction_type or args.rescale_betas_zero_snr:  # otherwise it samples as the base does
+    if args.prediction_type or args.rescale_betas_zero_snr or single_file:  # otherwise it samples as the base does
         names = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing")
         settings = {name: scheduler.config[name] for name in names if name in scheduler.config}
         code += f"config = pipeline.scheduler.config | {settings}\n"

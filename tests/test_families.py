@@ -490,13 +490,19 @@ def test_a_single_file_that_lacks_weights(tiny_sdxl_model, tmp_path, capsys):
 
 
 def test_adapters_of_a_single_file(tiny_sdxl_model, pictures, tmp_path, capsys):
-    """What the run prints loads the file, and the adapters onto it."""
+    """What the run prints loads the file, and the adapters onto it, to draw as the file's marks say."""
     file = save_single_file(tiny_sdxl_model, tmp_path / "model.safetensors")
+    save_file(load_file(file) | {"v_pred": torch.zeros(0)}, file)
     out = ("--output_dir", tmp_path / "out", "--encoding_cache_dir", tmp_path / "cache", "--train_data_dir", pictures)
     base = ("--pretrained_model_name_or_path", file, "--single_file_config", tiny_sdxl_model)
     run(train_lora, *base, *out, *SMALL)
     code = capsys.readouterr().out.split("To load it:")[1]
-    assert f"StableDiffusionXLPipeline.from_single_file({str(file)!r}" in code
+    plain = f"StableDiffusionXLPipeline.from_single_file({str(file)!r}"
+    assert plain in code
+    found = {}  # with the configs, which are not on this Hub
+    exec(code[: code.index("prompt = ")].replace(plain, f"{plain}, config={str(tiny_sdxl_model)!r}"), found)
+    assert found["pipeline"].scheduler.config.prediction_type == "v_prediction"
+    assert found["pipeline"].get_active_adapters()
 
 
 @pytest.mark.parametrize("name", ["train_lora", "textual_inversion"])
