@@ -535,7 +535,7 @@ def test_what_is_printed_draws_as_it_was_trained(name, tiny_model, pictures, tmp
 
 
 @for_each_family
-@pytest.mark.parametrize("step", [2])
+@pytest.mark.parametrize("step", [2, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 3))])
 def test_resuming_is_exact(base, train, step):
     """A run that was stopped ends with the bits of one that was not, in every family."""
     flags = (
