@@ -538,18 +538,10 @@ def test_what_is_printed_draws_as_it_was_trained(name, tiny_model, pictures, tmp
 @pytest.mark.parametrize("step", [2, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 3))])
 def test_resuming_is_exact(base, train, step):
     """A run that was stopped ends with the bits of one that was not, in every family."""
-    flags = (
-        "--use_ema",
-        "--random_flip",
-        "--proportion_empty_prompts",
-        0.3,
-        "--snr_gamma",
-        5,
-        "--validation_samples",
-        1,
-    )
+    flags = "--use_ema --random_flip --proportion_empty_prompts 0.3 --snr_gamma 5 --validation_samples 1".split()
+    flags += ["--checkpointing_steps", step]
     whole = train(base, *flags, out="whole")
-    resumed = train(base, *flags, "--max_train_steps", step, "--checkpointing_steps", step)
+    train(base, *flags, "--max_train_steps", step)
     resumed = train(base, *flags, "--resume_from_checkpoint", "latest")
     assert same(weights(resumed), weights(whole)) and metrics(resumed, "loss") == metrics(whole, "loss")
     assert not same(weights(resumed / "unet"), weights(base / "unet"))
