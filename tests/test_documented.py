@@ -9,6 +9,7 @@ import test_dreambooth
 import test_lora
 import test_textual_inversion
 import test_train_unconditional
+import wandb
 from conftest import metrics, run
 from diffusers import DiffusionPipeline
 from test_train_unconditional import write_config
@@ -34,7 +35,7 @@ COMMANDS = [
     "--lr_warmup_steps=0 --mixed_precision=fp16 --report_to=wandb --validation_prompt='a cute Sundar Pichai creature' "
     "--validation_epochs 5 --checkpointing_steps=5000 --output_dir=sdxl-naruto-model --push_to_hub",
     *(f"train_dreambooth {flags}" for flags in test_dreambooth.DOCUMENTED.values()),
-    *(f"train_lora {SD} {flags}" for flags in test_lora.DOCUMENTED),
+    *(f"train_lora {SDXL if 'sdxl' in name else SD} {flags}" for name, flags in test_lora.DOCUMENTED.items()),
     *(f"textual_inversion {flags}" for flags in test_textual_inversion.DOCUMENTED),
     *(f"train_unconditional {flags}" for flags in test_train_unconditional.DOCUMENTED),
 ]
@@ -50,7 +51,8 @@ def test_documented_command_runs(command, tiny_model, tiny_sdxl_model, pictures,
         (tmp_path / name).symlink_to(pictures)
     hub.add_folder("stable-diffusion-v1-5/stable-diffusion-v1-5", tiny_model)
     hub.add_folder("stabilityai/stable-diffusion-xl-base-1.0", tiny_sdxl_model)
-    hub.add_folder("madebyollin/sdxl-vae-fp16-fix", tiny_sdxl_model / "vae")
+    for name in ("madebyollin/sdxl-vae-fp16-fix", "me/vae"):
+        hub.add_folder(name, tiny_sdxl_model / "vae")
     for name in ("lambdalabs/naruto-blip-captions", "huggan/flowers-102-categories", "huggan/pokemon", "d/n"):
         hub.add_folder(f"datasets/{name}", pictures)
     served = len(hub.repos)
@@ -71,6 +73,7 @@ def test_documented_command_runs(command, tiny_model, tiny_sdxl_model, pictures,
         short += ["--mixed_precision", "bf16"]
     monkeypatch.setattr(script, "VALIDATION_STEPS", 2, raising=False)
     run(script, *words, *short, "--encoding_cache_dir", "cache", "--cache_dir", "hub")
+    wandb.teardown()  # or the processes of later tests would share this one's service
     args = script.parse_args([str(word) for word in [*words, *short]])
     out = Path(args.output_dir)
     assert len(metrics(out, "loss")) == 1

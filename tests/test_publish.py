@@ -182,7 +182,8 @@ def test_token_is_nowhere(hub, tiny_model, pictures, tmp_path):
     settings = {"cwd": tmp_path, "env": {**hub.env, "WANDB_DIR": str(tmp_path)}, "timeout": 120}
     done = subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True, **settings)
     files = files_in(tmp_path)
-    assert any(name.endswith(".wandb") for name in files) and any("tfevents" in name for name in files)
+    kinds = (".wandb", "tfevents")
+    assert all(any(kind in name for name in files) for kind in kinds), [*files, done.stdout, done.stderr]
     assert b"--report_to" in b"".join(data for name, data in files.items() if name.endswith(".wandb"))
     found = [name for name, data in {**files, **hub.repos["me/out"]["files"]}.items() if TOKEN.encode() in data]
     assert found == [] and TOKEN not in done.stdout + done.stderr
