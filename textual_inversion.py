@@ -1454,6 +1454,7 @@ def train(accelerator, args, models, optimizer, lr_scheduler, samples, held_out,
             save_checkpoint(accelerator, args, models, state)
             last_time = time.perf_counter()
         if asked_to_stop:
+            accelerator.print(f"\nStopped after step {step + 1}, and saved: --resume_from_checkpoint latest goes on.")
             stop.exit_if_asked()
         if validate:
             log_validation(accelerator, args, models, held_out, state, stop)

@@ -24,7 +24,7 @@ MAIN = ROOT / "train_text_to_image.py"
 BUDGETS = {
     "train_text_to_image.py": 1310,
     "train_lora.py": 1540,
-    "train_dreambooth.py": 1350,
+    "train_dreambooth.py": 1355,
     "textual_inversion.py": 1315,
     "train_unconditional.py": 1100,
 }

@@ -348,8 +348,10 @@ def test_a_signal_ends_a_run_with_a_checkpoint(signum, start, command, goes_on, 
     process.until(lambda: rows(tmp_path / "out") >= 2)
     os.kill(process.pid, signum)
     assert process.wait(30) == 128 + signum, process.output()
-    assert "Traceback" not in process.output()
-    assert goes_on(tmp_path / "out") >= 2
+    said = process.output()
+    assert "Traceback" not in said
+    step = goes_on(tmp_path / "out")
+    assert step >= 2 and f"Stopped after step {step}, and saved: --resume_from_checkpoint latest goes on." in said
 
 
 @pytest.mark.launch
