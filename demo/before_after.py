@@ -57,6 +57,12 @@ def read_args(output_dir: str) -> dict:
     return yaml.safe_load(Path(output_dir, "train_args.yaml").read_text())
 
 
+def subject(folder: str, count: int) -> dict[str, list[Image.Image]]:
+    """Returns a row of the pictures that a run learned its subject from."""
+    files = sorted(Path(folder).glob("*.png"))[:count]
+    return {"learned": [Image.open(file).convert("RGB") for file in files]}
+
+
 def held_out_loss(output_dir: str, args: dict) -> str:
     """Says what became of the loss on pictures that the run never trained on."""
     metrics = map(json.loads, Path(output_dir, args["logging_dir"], "metrics.jsonl").read_text().splitlines())
@@ -70,13 +76,14 @@ def main(output_dir: str, prompts: list[str] | None) -> None:
     prompts = prompts or args["validation_prompts"]
     models = {"before": args["pretrained_model_name_or_path"], "after": output_dir}
     loaded = {name: StableDiffusionPipeline.from_pretrained(model) for name, model in models.items()}
-    rows = {name: draw(pipeline, prompts, args["resolution"], name) for name, pipeline in loaded.items()}
+    rows = subject(args["instance_data_dir"], len(prompts)) if args.get("instance_data_dir") else {}
+    rows |= {name: draw(pipeline, prompts, args["resolution"], name) for name, pipeline in loaded.items()}
     picture = Path(output_dir, "before_after.png")
     save_sheet(rows, prompts, picture)
     print(
         f"\nThe fine-tuned model is in {output_dir}, and {picture} shows what it learned.\n"
         f"{held_out_loss(output_dir, args)}\n"
-        f"To load it: StableDiffusionPipeline.from_pretrained({output_dir!r})"
+        f"To load it: DiffusionPipeline.from_pretrained({output_dir!r})"
     )
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from before_after import StableDiffusionPipeline, draw, held_out_loss, read_args, save_sheet
+from before_after import StableDiffusionPipeline, draw, held_out_loss, read_args, save_sheet, subject
 
 
 # The subject on what it was trained on and on what it never was, and two of the base's own.
@@ -20,7 +20,7 @@ def main(output_dir: str) -> None:
     args = read_args(output_dir)
     side, base = args["resolution"], Path(args["pretrained_model_name_or_path"])
     pipeline = StableDiffusionPipeline.from_pretrained(base)
-    rows = {"base": draw(pipeline, PROMPTS, side, "the base")}
+    rows = subject(args["instance_data_dir"], len(PROMPTS)) | {"base": draw(pipeline, PROMPTS, side, "the base")}
     pipeline.load_lora_weights(output_dir, adapter_name="demo")
     for scale in (0.0, 0.5, 1.0):
         pipeline.set_adapters("demo", scale)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from before_after import StableDiffusionPipeline, draw, held_out_loss, read_args, save_sheet
+from before_after import StableDiffusionPipeline, draw, held_out_loss, read_args, save_sheet, subject
 
 
 WITH = ["a {}", "a {} on a blue background", "a {} on a green background", "a {} on a purple background"]
@@ -24,7 +24,7 @@ def main(output_dir: str) -> None:
     pipeline.load_textual_inversion(output_dir)
     rows["after"] = draw(pipeline, prompts, side, "after", guidance_scale=4.0)
     picture = Path(output_dir, "new_word.png")
-    save_sheet(rows, prompts, picture)
+    save_sheet(subject(args["train_data_dir"], len(prompts)) | rows, prompts, picture)
     before, after = (np.stack([np.asarray(image, dtype=int) for image in images]) for images in rows.values())
     changes = abs(after - before).reshape(len(prompts), -1).max(axis=1)
     size = Path(output_dir, "learned_embeds.safetensors").stat().st_size
