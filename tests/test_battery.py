@@ -1,5 +1,6 @@
-"""Kills over all scripts and families, whose hooks write and read what the shared text saves: for `make test-all`."""
+"""Kills and stops of all scripts on all families, whose hooks write and read different files: for `make test-all`."""
 
+import os
 import random
 import signal
 
@@ -37,14 +38,8 @@ def server():
     forked.start_server("train_text_to_image")
 
 
-@linux
-@pytest.mark.slow
-@pytest.mark.launch
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name, family, seed", CASES)
-def test_kills_do_not_matter_to_any_script(name, family, seed, request, tmp_path):
-    """A run that is killed at random changes on the disk, and started again each time, ends as if nothing had been."""
-    rng = random.Random(f"{name} {family} {seed}")
+def beginner(name, family, request, tmp_path):
+    """Returns what starts a run of a script on a family's base in a folder."""
     places = {
         "base": request.getfixturevalue(family),
         "data": make_pictures(tmp_path / "data"),
@@ -56,6 +51,34 @@ def test_kills_do_not_matter_to_any_script(name, family, seed, request, tmp_path
         words = (COMMON + FLAGS[name]).format(here=here, **places).split()
         return forked.fork(name, words, here / "log", **options)
 
+    return begin
+
+
+def assert_same_end(whole, stopped):
+    """Asserts that two runs left the same bits, and nothing else."""
+    names = sorted(path.name for path in (stopped / "out").glob("checkpoint-*"))
+    assert names == ["checkpoint-5", "checkpoint-6"]
+    for checkpoint in names:
+        states = [
+            torch.load(run / "out" / checkpoint / "optimizer.bin", weights_only=True) for run in (whole, stopped)
+        ]
+        first, second = ({key: torch.as_tensor(v) for key, v in flat(s["state"]).items()} for s in states)
+        assert first and same(first, second)
+    for logged in ("loss", "lr", "grad_norm", "validation_loss"):
+        assert metrics(stopped / "out", logged) == metrics(whole / "out", logged)
+    assert same(weights(stopped / "out"), weights(whole / "out"))
+    assert litter(stopped / "out") == []
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.launch
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name, family, seed", CASES)
+def test_kills_do_not_matter_to_any_script(name, family, seed, request, tmp_path):
+    """A run that is killed at random changes on the disk, and started again each time, ends as if nothing had been."""
+    rng = random.Random(f"{name} {family} {seed}")
+    begin = beginner(name, family, request, tmp_path)
     whole, killed, kills = tmp_path / "whole", tmp_path / "killed", 0
     assert begin(whole).wait() == 0, (whole / "log").read_text()
     for _ in range(12):
@@ -66,13 +89,21 @@ def test_kills_do_not_matter_to_any_script(name, family, seed, request, tmp_path
     assert begin(killed).wait() == 0, (killed / "log").read_text()
     print(f"{kills} kills")
     assert kills >= 6
-    names = sorted(path.name for path in (killed / "out").glob("checkpoint-*"))
-    assert names == ["checkpoint-5", "checkpoint-6"]
-    for checkpoint in names:
-        states = [torch.load(run / "out" / checkpoint / "optimizer.bin", weights_only=True) for run in (whole, killed)]
-        first, second = ({key: torch.as_tensor(v) for key, v in flat(s["state"]).items()} for s in states)
-        assert first and same(first, second)
-    for logged in ("loss", "lr", "grad_norm", "validation_loss"):
-        assert metrics(killed / "out", logged) == metrics(whole / "out", logged)
-    assert same(weights(killed / "out"), weights(whole / "out"))
-    assert litter(killed / "out") == []
+    assert_same_end(whole, killed)
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.launch
+@pytest.mark.parametrize("name, family", sorted({case[:2] for case in CASES}))
+def test_a_signal_does_not_matter_to_any_script(name, family, request, tmp_path):
+    """A run that SIGTERM stops between two steps ends, when it goes on, as if nothing had been."""
+    begin = beginner(name, family, request, tmp_path)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert begin(whole).wait() == 0, (whole / "log").read_text()
+    process, log = begin(stopped), stopped / "out" / "logs" / "metrics.jsonl"
+    process.until(lambda: log.exists() and '"loss"' in log.read_text())
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM, process.output()
+    assert begin(stopped).wait() == 0, (stopped / "log").read_text()
+    assert_same_end(whole, stopped)
