@@ -93,11 +93,13 @@ def add_flags(parser):
 
 def check_flags(args):
     """Lists what no flag's type can know to be wrong: (whether it is so, the sentence to say)."""
-    base, predicts_noise = args.pretrained_model_name_or_path, args.prediction_type in (None, "epsilon")
+    base, data = args.pretrained_model_name_or_path, args.train_data_dir
+    predicts_noise = args.prediction_type in (None, "epsilon")
     no_revision = f"--non_ema_revision is for the Hub, and {base} is a file"
     return [
         *stable_diffusion_problems(args),
-        *data_set_problems(args),
+        (bool(args.dataset_name) == bool(data), "give the pictures by either --train_data_dir or --dataset_name"),
+        *folder_problems(args, "--train_data_dir", data),
         (args.non_ema_revision and base.endswith(".safetensors"), no_revision),
         (args.dream_training and not predicts_noise, "--dream_training needs --prediction_type epsilon"),
     ]
@@ -153,15 +155,6 @@ def add_data_set_flags(parser):
     add("--dataset_config_name", help="configuration of that data set")
     add("--train_data_dir", help="folder of pictures (with metadata.jsonl, .csv or .txt captions, or parquet files)")
     add("--image_column", default="image", help="column of the pictures (Hub and parquet)")
-
-
-def data_set_problems(args):
-    """Lists what can be wrong with those flags: (whether it is so, the sentence to say)."""
-    data = args.train_data_dir
-    return [
-        (bool(args.dataset_name) == bool(data), "give the pictures by either --train_data_dir or --dataset_name"),
-        *folder_problems(args, "--train_data_dir", data),
-    ]
 
 
 def read_rows(args, files, columns):
@@ -2090,7 +2083,8 @@ def main(args):
         raise end
 
 
+# === End of engine ===
+
+
 if __name__ == "__main__":
     main(args)
-
-# === End of engine ===
