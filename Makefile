@@ -43,9 +43,9 @@ style: .venv/.installed-dev
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-# make sync NAME="train publish" FROM=train_text_to_image.py
+# make sync, or make sync FENCE="Engine" FROM=train_text_to_image.py
 sync: .venv/.installed
-	.venv/bin/python tools/sync.py $(NAME) --from $(FROM)
+	.venv/bin/python tools/sync.py $(if $(FENCE),"$(FENCE)" $(FROM))
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache outputs
