@@ -403,7 +403,7 @@ def is_whole(checkpoint):
         return False
     files = {str(p.relative_to(checkpoint)): p.stat().st_size for p in checkpoint.rglob("*") if p.is_file()}
     del files["manifest.json"]
-    return manifest == files and len(files) >= 5
+    return manifest == files and len(files) >= 4
 
 
 def whole_checkpoints(output_dir):

@@ -119,7 +119,7 @@ def test_a_signal_to_accelerate_launch(signum, to_group, start, command, goes_on
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("to_group", [False, True])
+@pytest.mark.parametrize("to_group", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_signal_to_torchrun(to_group, start, command, goes_on, tmp_path):
     """Both ranks stop at the same step, well within the 30 s that torchrun gives them."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
@@ -155,7 +155,7 @@ def test_a_signal_to_the_group_spares_the_loader(signum, start, command, goes_on
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_second_interrupt_stops_at_once(workers, start, command, tmp_path):
     """One SIGINT lets a step finish, however long that takes; a second one does not."""
     flags = ("--max_train_steps", 20, "--gradient_accumulation_steps", 2000, "--dataloader_num_workers", workers)

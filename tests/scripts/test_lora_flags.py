@@ -68,7 +68,7 @@ def test_epochs_of_a_subject(tiny_model, pictures, tmp_path, monkeypatch, prior,
             20,
         )
     with pytest.raises(Stopped):
-        run(script, *in_epochs(flags_of(tiny_model, pictures, tmp_path / "out", *FLAGS, *flags)))
+        run(script, *in_epochs(flags_of(tiny_model, pictures, tmp_path / "out", *flags)))
     assert (resolved[0].max_train_steps, resolved[0].validation_steps) == (2 * epoch / 2, epoch / 2)
 
 
