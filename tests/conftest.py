@@ -126,6 +126,12 @@ def classes(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """Nothing is known of other tests' pictures: latents, embeddings and what was checked are in tmp_path / "xdg"."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+
+
 # Runs in this process.
 
 

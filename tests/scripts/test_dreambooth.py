@@ -180,17 +180,13 @@ def test_gradient_checkpointing_changes_nothing(train, classes, rich, monkeypatc
 
 
 def test_8bit_adam_and_bf16(train, classes, tiny_model):
-    """8-bit AdamW under bf16 trains both models in float32, and a resumed run ends with the same bits."""
+    """8-bit AdamW under bf16 trains both models in float32."""
     flags = (*RICH, *prior(classes), "--use_8bit_adam", "--mixed_precision", "bf16", "--checkpointing_steps", 2)
-    flags += ("--max_train_steps", 4)
     out = train("out", *flags)
-    shutil.copytree(out / "checkpoint-2", out.with_name("resumed") / "checkpoint-2")
-    resumed = train("resumed", *flags, "--resume_from_checkpoint", "latest")
-    assert same(weights(resumed), weights(out)) and logged(resumed) == logged(out)
     for part in ("unet", "text_encoder"):
         assert not same(weights(out / part), weights(tiny_model / part))
         assert {tensor.dtype for tensor in weights(out / part).values()} == {torch.float32}
-    assert any(tensor.dtype == torch.uint8 for tensor in everything(out / "checkpoint-4").values())
+    assert any(tensor.dtype == torch.uint8 for tensor in everything(out / "checkpoint-2").values())
 
 
 # Resuming.

@@ -28,13 +28,8 @@ from transformers import CLIPTextModel
 import train_text_to_image as script
 
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 FAST = ("--resolution", 16, "--train_batch_size", 1, "--max_train_steps", 3)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Nothing is known of other tests' pictures."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
 
 
 # Entries.
