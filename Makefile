@@ -37,7 +37,7 @@ test-all: .venv/.installed-dev
 quality: .venv/.installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/python -m pytest tests/test_consistency.py
+	.venv/bin/python -m pytest tests/docs/test_fences.py tests/docs/test_commands.py
 
 style: .venv/.installed-dev
 	.venv/bin/ruff check --fix .

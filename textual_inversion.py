@@ -5,8 +5,9 @@ The word stands for one vector or more of the text encoder's table of embeddings
 arXiv:2006.11239, eq. 4), lets the UNet predict the noise under a caption with the new word, and takes the mean squared
 error. The result is a file of a few kilobytes that pipeline.load_textual_inversion adds to the base; two for SDXL.
 
-Start reading at run, train and compute_loss. Most functions stand word for word in the sibling scripts, so that one or
-the other draw or hook has no use here.
+To read it, take the flags below, up to the first fence (`# === ... ===`), and the method, which stands between the
+imports and the fence "Stable Diffusion". Skip the fences: they are the same text in every script. The loop is train,
+the first function of the fence "Engine". The comment above it lists all that the engine asks of a method.
 
     accelerate launch textual_inversion.py --config configs/demo_textual_inversion.yaml
     accelerate launch textual_inversion.py --pretrained_model_name_or_path sd-legacy/stable-diffusion-v1-5 \\
@@ -18,7 +19,9 @@ the other draw or hook has no use here.
 
 import argparse
 import contextlib
+import csv
 import ctypes
+import dataclasses
 import functools
 import glob
 import hashlib
@@ -37,6 +40,8 @@ import subprocess
 import sys
 import time
 import traceback
+import typing
+import zlib
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
@@ -45,11 +50,104 @@ from types import SimpleNamespace
 import yaml
 
 
+# This script's flags: what it refuses, its defaults, and what it alone takes or shares with some.
+
 REFUSED = {
     "--local_rank": "launchers pass the rank in the environment, so leave this flag out",
     "--no_safe_serialization": "it would write pickles, which can run code as they are loaded; leave this flag out",
     "--tokenizer_name": "the tokenizer must be the base model's own, so leave this flag out",
 }
+DEFAULTS = {
+    "output_dir": "text-inversion-model",
+    "repeats": 100,
+    "random_flip": True,
+    "learning_rate": 1e-4,
+    "train_batch_size": 16,
+    "max_train_steps": 5000,
+    "validation_steps": 100,
+    "tracker_project_name": "textual_inversion",
+}
+
+
+def add_flags(parser):
+    """Adds the flags that not all scripts have."""
+    add_stable_diffusion_flags(parser)
+
+    add = parser.add_argument_group("new word").add_argument
+    add("--placeholder_token", required=True, help="the new word, such as <cat-toy>")
+    add("--initializer_token", required=True, help="known words; the vectors start from their tokens, in turn")
+    add("--num_vectors", type=positive_int, default=1, help="vectors that the new word stands for")
+    add("--learnable_property", default="object", choices=["object", "style"], help="what the pictures show")
+    add("--train_data_dir", help="folder of pictures (their captions are not read)")
+
+    add = parser.add_argument_group("result").add_argument
+    add("--save_steps", type=natural_int, default=500, help="optimizer steps between copies of the vectors; 0: none")
+    add("--save_as_full_pipeline", **switch, help="save the base model with the new word in it, too")
+
+
+def check_flags(args):
+    """Lists what no flag's type can know to be wrong: (whether it is wrong, the sentence to say)."""
+    data, word = args.train_data_dir, args.placeholder_token
+    return [
+        *stable_diffusion_problems(args),
+        (not data, "give the folder of the pictures by --train_data_dir"),
+        *folder_problems(args, "--train_data_dir", data),
+        (len(word.split()) != 1, f"--placeholder_token {word!r} is not one word without spaces, such as <cat-toy>"),
+    ]
+
+
+# === Stable Diffusion's flags: the same in every script that has it ===
+
+
+def add_stable_diffusion_flags(parser):
+    """Adds the flags of the base model, of its noise schedule and of the sample grids."""
+    add = parser.add_argument_group("Stable Diffusion").add_argument
+    add("--pretrained_model_name_or_path", required=True, help="base model: diffusers folder or Hub id (or a file)")
+    add("--pretrained_vae_model_name_or_path", help="a VAE to use instead of the base model's: a folder or a Hub id")
+    add("--single_file_config", help="folder or Hub id with the configs of a base that is a file")
+    add("--resolution", type=positive_int, help="side of the square pictures in pixels (1024 for SDXL, 512 otherwise)")
+    add("--rescale_betas_zero_snr", **switch, help="end the noise schedule in noise alone (arXiv:2305.08891)")
+    add("--validation_prompts", nargs="+", help="prompts of the sample grids")
+    add("--validation_prompt", help="prompt of the sample grids")
+    add("--num_validation_images", type=positive_int, default=4, help="pictures of --validation_prompt in a grid")
+
+
+def stable_diffusion_problems(args):
+    """Lists what can be wrong with those flags: (whether it is wrong, the sentence to say)."""
+    base, config = args.pretrained_model_name_or_path, args.single_file_config
+    vae = args.pretrained_vae_model_name_or_path
+    single_file = base.endswith(".safetensors")
+    pickled = Path(base).suffix in (".ckpt", ".pt", ".pth", ".bin")
+    on_hub = args.revision or args.variant
+    flag, nowhere = "--pretrained_model_name_or_path", "is no folder in diffusers format and no Hub id"
+    noise_alone = "--rescale_betas_zero_snr ends the schedule in noise alone: take --prediction_type v_prediction"
+    return [
+        (pickled, f"{flag} {base} is a pickle, which can run any code as it loads: convert it to .safetensors"),
+        (single_file and not Path(base).is_file(), f"{flag} {base} is not a file"),
+        (not single_file and not may_be_model(base), f"{flag} {base} {nowhere}"),
+        (single_file and on_hub, f"--revision and --variant are for the Hub, and {base} is a file"),
+        (config and not single_file, f"--single_file_config needs a .safetensors file, not {base}"),
+        (config and not may_be_model(config), f"--single_file_config {config} {nowhere}"),
+        (vae and not may_be_model(vae), f"--pretrained_vae_model_name_or_path {vae} {nowhere}"),
+        (args.rescale_betas_zero_snr and args.prediction_type == "epsilon", noise_alone),
+    ]
+
+
+# === End of stable diffusion's flags ===
+
+
+# === Flags: the same in every script ===
+#
+# What they ask of the script's own half, which stands above:
+#
+#   REFUSED
+#       flags that the script does not take, by name, and why [{}]
+#   DEFAULTS
+#       the script's defaults of flags that every script has [{}]
+#   add_flags(parser)
+#       adds the flags that not every script has [nothing]
+#   check_flags(args) -> list
+#       what can be wrong with those: (whether it is wrong, the sentence to say) [[]]; it may fill in what is None
 
 
 def bounded(text, kind, low, high=math.inf):
@@ -62,15 +160,19 @@ def bounded(text, kind, low, high=math.inf):
 
 positive_int = functools.partial(bounded, kind=int, low=1)
 natural_int = functools.partial(bounded, kind=int, low=0)
+positive_float = functools.partial(bounded, kind=float, low=1e-6)
 non_negative = functools.partial(bounded, kind=float, low=0.0)
+fraction = functools.partial(bounded, kind=float, low=0.0, high=1.0)
 below_one = functools.partial(bounded, kind=float, low=0.0, high=0.999999)
 switch = {"action": argparse.BooleanOptionalAction, "default": False}
-NOISE_ALONE = "where the schedule ends in noise alone (--rescale_betas_zero_snr), take --prediction_type v_prediction"
-# Flags that say the same in other words.
+TRACKERS = ["tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio"]
+TRACKERS += ["all", "none"]
+# Flags that say the same in other words, so that one counts.
 REPLACES = {
     "validation_steps": "validation_epochs",
     "validation_epochs": "validation_steps",
     "num_train_epochs": "max_train_steps",
+    "max_train_steps": "num_train_epochs",
 }
 
 
@@ -78,14 +180,121 @@ class HelpFormatter(argparse.HelpFormatter):
     """Adds the default to a help that does not speak of it, unless there is none."""
 
     def _get_help_string(self, action):
-        silent = action.default is None or action.default is False or "default" in action.help
-        return action.help if silent or action.nargs == 0 else f"{action.help} (default: %(default)s)"
+        default = DEFAULTS.get(action.dest, action.default)
+        silent = default is None or default is False or "default" in action.help or action.nargs == 0
+        return action.help if silent else f"{action.help} (default: {default})"
+
+
+def add_common_flags(parser):
+    """Adds the flags that every script has."""
+    add = parser.add_argument_group("model").add_argument
+    add("--revision", help="branch, tag or commit of the base model on the Hub")
+    add("--variant", help="variant of the base model's weight files, such as fp16")
+    add("--cache_dir", help="where downloads from the Hub are kept")
+
+    add = parser.add_argument_group("pictures").add_argument
+    add("--max_train_samples", type=positive_int, help="train on so many pictures, drawn by the seed")
+    add("--repeats", type=positive_int, default=1, help="passes over the pictures that make an epoch")
+    add("--center_crop", **switch, help="crop the middle instead of a random place")
+    add("--random_flip", **switch, help="mirror half of the samples")
+    filters = ["lanczos", "bicubic", "bilinear", "box", "hamming", "nearest", "nearest_exact"]
+    add("--image_interpolation_mode", default="lanczos", choices=filters, help="filter that resizes the pictures")
+    add("--on_bad_image", default="error", choices=["error", "skip"], help="what to do about unusable pictures")
+    add("--encoding_cache_dir", help="where checks, latents and embeddings are kept (~/.cache/diffusion-training)")
+    add("--no_encoding_cache", **switch, help="keep none of them, and run the frozen models in every step")
+    add("--dataloader_num_workers", type=natural_int, default=0, help="processes that load pictures")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--output_dir", help="folder for the result, samples, logs and checkpoints")
+    add("--overwrite_output_dir", **switch, help="start anew in a folder that holds a run, deleting what it left")
+    add("--seed", type=natural_int, help="seed of every random draw (default: one is drawn and recorded)")
+    add("--train_batch_size", type=positive_int, help="pictures per process and forward pass")
+    add("--gradient_accumulation_steps", type=positive_int, default=1, help="forward passes per optimizer step")
+    add("--num_train_epochs", type=positive_int, help="passes over the data, without --max_train_steps")
+    add("--max_train_steps", type=positive_int, help="optimizer steps")
+    add("--gradient_checkpointing", **switch, help="recompute activations: less memory, slower")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: as the launcher is configured")
+    add("--allow_tf32", **switch, help="TF32 matrix products on Ampere GPUs and later")
+    add("--enable_xformers_memory_efficient_attention", **switch, help="xformers' attention instead of PyTorch's")
+
+    add = parser.add_argument_group("optimizer").add_argument
+    add("--learning_rate", type=non_negative, help="learning rate after warmup")
+    add("--scale_lr", **switch, help="multiply the learning rate by the total batch size")
+    shapes = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+    add("--lr_scheduler", default="constant", choices=shapes, help="shape of the learning rate over the run")
+    add("--lr_warmup_steps", type=natural_int, default=500, help="optimizer steps of linear warmup")
+    add("--lr_num_cycles", type=positive_int, default=1, help="cosine waves of cosine_with_restarts")
+    add("--lr_power", type=non_negative, default=1.0, help="power of polynomial")
+    add("--use_8bit_adam", **switch, help="8-bit AdamW of bitsandbytes: a quarter of the optimizer's memory")
+    add("--adam_beta1", type=below_one, default=0.9, help="decay of the gradients' mean")
+    add("--adam_beta2", type=below_one, default=0.999, help="decay of the gradients' square")
+    add("--adam_weight_decay", type=non_negative, default=1e-2, help="decoupled weight decay")
+    add("--adam_epsilon", type=non_negative, default=1e-8, help="added to the denominator")
+    add("--max_grad_norm", type=non_negative, default=1.0, help="norm to scale larger gradients down to; 0: none")
+
+    add = parser.add_argument_group("loss").add_argument
+    targets = ["epsilon", "v_prediction", "sample"]
+    add("--prediction_type", choices=targets, help="what the UNet predicts (default: as the base model does)")
+    add("--snr_gamma", type=positive_float, help="gamma of Min-SNR weights, often 5")
+
+    add = parser.add_argument_group("validation").add_argument
+    add("--validation_samples", type=natural_int, default=0, help="pictures held out to measure the loss on")
+    add("--validation_epochs", type=positive_int, help="epochs between validations")
+    add("--validation_steps", type=positive_int, help="optimizer steps between validations")
+
+    add = parser.add_argument_group("logging").add_argument
+    add("--report_to", default="tensorboard", choices=TRACKERS, help="experiment tracker")
+    add("--tracker_project_name", help="name of the project in the tracker")
+    add("--logging_dir", default="logs", help="folder of metrics.jsonl and the tracker's files, in --output_dir")
+
+
+def add_saving_flags(parser):
+    """Adds the flags of checkpoints and of the Hub, which every script has."""
+    add = parser.add_argument_group("checkpoints and publishing").add_argument
+    add("--checkpointing_steps", type=natural_int, default=500, help="optimizer steps between checkpoints; 0: none")
+    add("--checkpoints_total_limit", type=positive_int, help="checkpoints to keep, the newest")
+    add("--resume_from_checkpoint", help="a checkpoint's path, or 'latest' for the newest whole one of --output_dir")
+    add("--push_to_hub", **switch, help="upload the result to the Hub")
+    add("--hub_model_id", help="repository to upload to (default: the name of --output_dir)")
+    add("--hub_token", help="token for the upload (default: your login)")
+    add("--hub_private_repo", **switch, help="create the repository private")
+
+
+def lies_in(path, folder):
+    """Tells whether a path is a folder, or lies somewhere in it; neither need be given."""
+    return bool(path and folder) and Path(path).resolve().is_relative_to(Path(folder).resolve())
+
+
+def may_be_model(path):
+    """Tells whether a path is a folder or, by its form, a repository of the Hub."""
+    by_its_form = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) and not path.endswith(".safetensors")
+    return Path(path).is_dir() or bool(by_its_form)
+
+
+def folder_problems(args, flag, folder):
+    """Lists what can be wrong with the folder of the pictures, if that is how they are given."""
+    return [
+        (folder and not Path(folder).is_dir(), f"{flag} {folder} is not a folder"),
+        (lies_in(args.output_dir, folder), f"--output_dir lies in {folder}: its samples would be trained on"),
+    ]
+
+
+def common_problems(args):
+    """Lists what can be wrong with the flags that every script has: (whether it is wrong, the sentence to say)."""
+    resume = args.resume_from_checkpoint
+    resumable = resume in (None, "latest") or Path(resume).is_dir() or Path(args.output_dir, resume).is_dir()
+    either_validation = "give --validation_steps or --validation_epochs, not both"
+    either_start = "give --overwrite_output_dir or --resume_from_checkpoint, not both"
+    return [
+        (args.resolution and args.resolution % 8, f"--resolution {args.resolution} is not a multiple of 8"),
+        (args.validation_steps and args.validation_epochs, either_validation),
+        (args.overwrite_output_dir and resume, either_start),
+        (not resumable, f"--resume_from_checkpoint {resume} is no folder, neither here nor in {args.output_dir}"),
+    ]
 
 
 def read_config(parser, argv):
     """Returns the flags of the YAML file of --config, if there is one, and of the command line, which wins."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser.formatter_class = HelpFormatter
     first = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     first.add_argument("--config")
     path, flags = first.parse_known_args(argv)[0].config, []
@@ -113,158 +322,29 @@ def read_config(parser, argv):
     return flags + argv
 
 
-def add_saving_flags(parser):
-    """Adds the flags that every script has of checkpoints and of the Hub."""
-    add = parser.add_argument_group("checkpoints and publishing").add_argument
-    add("--checkpointing_steps", type=natural_int, default=500, help="optimizer steps between checkpoints; 0: none")
-    add("--checkpoints_total_limit", type=positive_int, help="checkpoints to keep, the newest")
-    add("--resume_from_checkpoint", help="a checkpoint's path, or 'latest' for the newest whole one of --output_dir")
-    add("--push_to_hub", **switch, help="upload the result to the Hub")
-    add("--hub_model_id", help="repository to upload to (default: the name of --output_dir)")
-    add("--hub_token", help="token for the upload (default: your login)")
-    add("--hub_private_repo", **switch, help="create the repository private")
-
-
 def parse_args(argv=None):
     """Parses and checks the command line; whatever is wrong with it is said here, before anything heavy loads."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.formatter_class = HelpFormatter
     parser.add_argument("--config", help="a YAML file of flags; the command line wins over it")
-
-    add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", required=True, help="base model: diffusers folder or Hub id (or a file)")
-    add("--pretrained_vae_model_name_or_path", help="a VAE to use instead of the base model's: a folder or a Hub id")
-    add("--single_file_config", help="folder or Hub id with the configs of a base that is a file")
-    add("--revision", help="branch, tag or commit of the base model on the Hub")
-    add("--variant", help="variant of the base model's weight files, such as fp16")
-    add("--cache_dir", help="where downloads from the Hub are kept")
-
-    add = parser.add_argument_group("new word").add_argument
-    add("--placeholder_token", required=True, help="the new word, such as <cat-toy>")
-    add("--initializer_token", required=True, help="known words; the vectors start from their tokens, in turn")
-    add("--num_vectors", type=positive_int, default=1, help="vectors that the new word stands for")
-    add("--learnable_property", default="object", choices=["object", "style"], help="what the pictures show")
-
-    add = parser.add_argument_group("data").add_argument
-    add("--train_data_dir", help="folder of pictures (their captions are not read)")
-    add("--max_train_samples", type=positive_int, help="train on so many pictures, drawn by the seed")
-    add("--resolution", type=positive_int, help="side of the square pictures in pixels (1024 for SDXL, 512 otherwise)")
-    add("--center_crop", **switch, help="crop the middle instead of a random place")
-    add("--repeats", type=positive_int, default=100, help="passes over the pictures that make an epoch")
-    add("--random_flip", **switch | {"default": True}, help="mirror half of the samples")
-    filters = ["lanczos", "bicubic", "bilinear", "box", "hamming", "nearest", "nearest_exact"]
-    add("--image_interpolation_mode", default="lanczos", choices=filters, help="filter that resizes the pictures")
-    add("--on_bad_image", default="error", choices=["error", "skip"], help="what to do about unusable pictures")
-    add("--encoding_cache_dir", help="where checks, latents and embeddings are kept (~/.cache/diffusion-training)")
-    add("--no_encoding_cache", **switch, help="keep none of them, and run the frozen models in every step")
-    add("--dataloader_num_workers", type=natural_int, default=0, help="processes that load pictures")
-
-    add = parser.add_argument_group("training").add_argument
-    add("--output_dir", default="text-inversion-model", help="folder for the pipeline, samples, logs and checkpoints")
-    add("--overwrite_output_dir", **switch, help="start anew in a folder that holds a run, deleting what it left")
-    add("--seed", type=natural_int, help="seed of every random draw (default: one is drawn and recorded)")
-    add("--train_batch_size", type=positive_int, default=16, help="pictures per process and forward pass")
-    add("--gradient_accumulation_steps", type=positive_int, default=1, help="forward passes per optimizer step")
-    add("--num_train_epochs", type=positive_int, help="passes over the data, without --max_train_steps")
-    add("--max_train_steps", type=positive_int, help="optimizer steps (default: 5000)")
-    add("--gradient_checkpointing", **switch, help="recompute activations: less memory, slower")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: as the launcher is configured")
-    add("--allow_tf32", **switch, help="TF32 matrix products on Ampere GPUs and later")
-    add("--enable_xformers_memory_efficient_attention", **switch, help="xformers' attention instead of PyTorch's")
-
-    add = parser.add_argument_group("optimizer").add_argument
-    add("--learning_rate", type=non_negative, default=1e-4, help="learning rate after warmup")
-    add("--scale_lr", **switch, help="multiply the learning rate by the total batch size")
-    shapes = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
-    add("--lr_scheduler", default="constant", choices=shapes, help="shape of the learning rate over the run")
-    add("--lr_warmup_steps", type=natural_int, default=500, help="optimizer steps of linear warmup")
-    add("--lr_num_cycles", type=positive_int, default=1, help="restarts of cosine_with_restarts")
-    add("--use_8bit_adam", **switch, help="8-bit AdamW of bitsandbytes: a quarter of the optimizer's memory")
-    add("--adam_beta1", type=below_one, default=0.9, help="decay of the gradients' mean")
-    add("--adam_beta2", type=below_one, default=0.999, help="decay of the gradients' square")
-    add("--adam_weight_decay", type=non_negative, default=1e-2, help="decoupled weight decay")
-    add("--adam_epsilon", type=non_negative, default=1e-8, help="added to the denominator")
-    add("--max_grad_norm", type=non_negative, default=1.0, help="norm to scale larger gradients down to; 0: none")
-
-    add = parser.add_argument_group("loss").add_argument
-    targets = ["epsilon", "v_prediction", "sample"]
-    add("--prediction_type", choices=targets, help="what the UNet predicts (default: as the base model does)")
-    add("--rescale_betas_zero_snr", **switch, help="end the noise schedule in noise alone (arXiv:2305.08891)")
-    add("--snr_gamma", type=functools.partial(bounded, kind=float, low=1e-6), help="gamma of Min-SNR weights, often 5")
-
-    add = parser.add_argument_group("validation").add_argument
-    add("--validation_prompt", help="prompt of the sample grids (with the new word in it)")
-    add("--num_validation_images", type=positive_int, default=4, help="pictures in a sample grid")
-    add("--validation_samples", type=natural_int, default=0, help="pictures held out to measure the loss on")
-    add("--validation_epochs", type=positive_int, help="epochs between validations")
-    add("--validation_steps", type=positive_int, help="optimizer steps between validations (default: 100)")
-
-    add = parser.add_argument_group("logging").add_argument
-    trackers = "tensorboard wandb comet_ml aim mlflow clearml dvclive swanlab trackio all none".split()
-    add("--report_to", default="tensorboard", choices=trackers, help="experiment tracker")
-    add("--tracker_project_name", default="textual_inversion", help="name of the project in the tracker")
-    add("--logging_dir", default="logs", help="folder of metrics.jsonl and the tracker's files, in --output_dir")
-    add("--save_steps", type=natural_int, default=500, help="optimizer steps between copies of the vectors; 0: none")
-    add("--save_as_full_pipeline", **switch, help="save the base model with the new word in it, too")
-
+    add_flags(parser)
+    add_common_flags(parser)
     add_saving_flags(parser)
-    args = parser.parse_args(read_config(parser, argv))
-    check_args(parser, args)
-    return args
-
-
-def lies_in(path, folder):
-    """Tells whether a path is a folder, or lies somewhere in it; neither need be given."""
-    return bool(path and folder) and Path(path).resolve().is_relative_to(Path(folder).resolve())
-
-
-def may_be_model(path):
-    """Tells whether a path is a folder or, by its form, a repository of the Hub."""
-    return Path(path).is_dir() or (
-        re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) and not path.endswith(".safetensors")
-    )
-
-
-def base_problems(args):
-    """Lists what can be wrong with the flags that say what the base model is: (whether it is so, the sentence)."""
-    base, config = args.pretrained_model_name_or_path, args.single_file_config
-    vae = args.pretrained_vae_model_name_or_path
-    single_file, pickled = base.endswith(".safetensors"), Path(base).suffix in (".ckpt", ".pt", ".pth", ".bin")
-    on_hub = args.revision or args.variant or vars(args).get("non_ema_revision")
-    flag, nowhere = "--pretrained_model_name_or_path", "is no folder in diffusers format and no Hub id"
-    return [
-        (pickled, f"{flag} {base} is a pickle, which can run any code as it loads: convert it to .safetensors"),
-        (single_file and not Path(base).is_file(), f"{flag} {base} is not a file"),
-        (not single_file and not may_be_model(base), f"{flag} {base} {nowhere}"),
-        (single_file and on_hub, f"--revision, --non_ema_revision, --variant are for the Hub, and {base} is a file"),
-        (config and not single_file, f"--single_file_config needs a .safetensors file, not {base}"),
-        (config and not may_be_model(config), f"--single_file_config {config} {nowhere}"),
-        (vae and not may_be_model(vae), f"--pretrained_vae_model_name_or_path {vae} {nowhere}"),
-        (args.rescale_betas_zero_snr and args.prediction_type == "epsilon", NOISE_ALONE),
-    ]
-
-
-def check_args(parser, args):
-    """Refuses what no flag's type can know to be wrong."""
-    data, resume = args.train_data_dir, args.resume_from_checkpoint
-    resumable = resume in (None, "latest") or Path(resume).is_dir() or Path(args.output_dir, resume).is_dir()
-    word = args.placeholder_token
-    problems = base_problems(args) + [
-        (not data, "give the folder of the pictures by --train_data_dir"),
-        (data and not Path(data).is_dir(), f"--train_data_dir {data} is not a folder"),
-        (lies_in(args.output_dir, data), f"--output_dir lies in {data}: its samples would be trained on"),
-        (len(word.split()) != 1, f"--placeholder_token {word!r} is not one word without spaces, such as <cat-toy>"),
-        (args.resolution and args.resolution % 8, f"--resolution {args.resolution} is not a multiple of 8"),
-        (args.validation_steps and args.validation_epochs, "give --validation_steps or --validation_epochs, not both"),
-        (args.overwrite_output_dir and resume, "give --overwrite_output_dir or --resume_from_checkpoint, not both"),
-        (not resumable, f"--resume_from_checkpoint {resume} is no folder, neither here nor in {args.output_dir}"),
-    ]
-    for problem, message in problems:
+    parser.set_defaults(**{name: value for name, value in DEFAULTS.items() if name not in REPLACES})
+    args = parser.parse_args(read_config(parser, sys.argv[1:] if argv is None else argv))
+    for name, other in REPLACES.items():
+        if getattr(args, name) is None and getattr(args, other) is None:
+            setattr(args, name, DEFAULTS.get(name))
+    for problem, sentence in check_flags(args) + common_problems(args):
         if problem:
-            parser.error(message)
+            parser.error(sentence)
+    return args
 
 
 if __name__ == "__main__":
     args = parse_args()  # before the slow imports, so that --help and a wrong flag answer at once
+
+# === End of flags ===
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it asks for torchvision, which nothing here needs
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -280,7 +360,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import DistributedDataParallelKwargs, gather_object, parse_flag_from_env, send_to_device
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, EulerDiscreteScheduler
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import compute_snr
+from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import make_image_grid
 from huggingface_hub import ModelCardData, create_repo, upload_folder
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -290,24 +370,11 @@ from tqdm.auto import tqdm
 from tqdm.contrib.concurrent import thread_map
 
 
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-VALIDATION_STEPS = 25  # of the sampler
-SMALL_SET = 10_000  # latents, of 131 kB at 512 x 512, that are kept even if this run meets each just once
-VALIDATION_DRAWS = 4  # noises and timesteps for each held-out picture
 # What is uploaded: no checkpoints, no logs, no arguments with their local paths.
 PUBLISHED = "README.md model_index.json samples/* unet/* vae/* scheduler/*".split()
 PUBLISHED += "text_encoder/* text_encoder_2/* tokenizer/* tokenizer_2/*".split()
 PUBLISHED += ["learned_embeds*"]
-PADDED = {"padding": "max_length", "truncation": True}  # UNets attend to the padding as well
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-# The families, by their pipelines, and what these are told beside where the files are.
-PIPELINES = {
-    "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
-    "StableDiffusionXLPipeline": {"add_watermarker": False},
-}
-STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1"} & {*dir(signal)}
 CARD = {"pipeline_tag": "text-to-image", "tags": ["stable-diffusion", "textual_inversion"]}
-UNSAVED = {"config", "hub_token", "overwrite_output_dir", "resume_from_checkpoint"}
 # What the pictures are said to be, with the new word for {}.
 CAPTIONS = {
     "object": (
@@ -323,21 +390,7 @@ CAPTIONS = {
 }
 
 
-# Data
-
-
-def digest(*parts):
-    """Names what the parts say in 32 hexadecimal digits; bytes and arrays count as they are, the rest as text."""
-    blake = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        blake.update(part if isinstance(part, (bytes, np.ndarray)) else repr(part).encode())
-        blake.update(b"\0")
-    return blake.hexdigest()
-
-
-def list_files(folder):
-    """Lists the files under a folder, sorted; hidden ones are left out, links to folders are followed."""
-    return sorted(Path(file) for file in glob.glob(f"{glob.escape(str(folder))}/**", recursive=True))
+# Pictures and captions
 
 
 def word_tokens(args):
@@ -352,10 +405,910 @@ def captions_of(args):
 
 def read_records(args):
     """Lists the pictures of --train_data_dir in an order that is the same everywhere, all with the same captions."""
-    files = [file for file in list_files(args.train_data_dir) if file.suffix.lower() in PICTURES]
+    files = [file for file in list_files(args.train_data_dir) if file.suffix.lower() in PICTURE_SUFFIXES]
     if not files:
-        raise SystemExit(f"{args.train_data_dir} holds no pictures {sorted(PICTURES)}.")
+        raise SystemExit(f"{args.train_data_dir} holds no pictures {sorted(PICTURE_SUFFIXES)}.")
     return [{"name": str(file), "rows": None, "captions": captions_of(args)} for file in files]
+
+
+def class_records(run):
+    """There are no pictures of a class: the base model is not changed."""
+    return []
+
+
+def choose_caption(samples, key):
+    """Draws one of the captions."""
+    return draw_caption(samples, key)
+
+
+def make_sample(samples, key):
+    """Returns a sample: its picture and caption, as picture_and_caption has them, and the draws that its loss needs.
+
+    "timesteps" is an integer, "noise" a float32 array of the latents' shape (4, h, w).
+    """
+    sample = picture_and_caption(samples, key)
+    # Each kind of draw has a generator of its own, so that none shifts another.
+    sample["timesteps"] = samples.rng(key, "timestep").integers(samples.num_train_timesteps)
+    sample["noise"] = samples.rng(key, "noise").standard_normal(samples.sample_shape, dtype=np.float32)
+    return sample
+
+
+# Models and objective
+
+
+def load_models(run):
+    """Loads the base model, all of it frozen, and adds the new tokens to its tokenizers and text encoders."""
+    models = load_base(run)
+    models.placeholder_token = run.args.placeholder_token
+    models.trained = models.text_encoders
+    for tokenizer, text_encoder in zip(models.tokenizers, models.text_encoders):
+        models.params_to_optimize.append(add_word(run.args, tokenizer, text_encoder))
+    return models
+
+
+def add_word(args, tokenizer, text_encoder):
+    """Adds the new tokens to a tokenizer and its text encoder; returns their rows (vectors, dim), to be trained."""
+    word, tokens = args.placeholder_token, word_tokens(args)
+    if len(tokenizer.tokenize(word)) == 1 or {*tokens} & {*tokenizer.get_vocab()}:
+        raise SystemExit(f"--placeholder_token {word} is known to the base model: take another: <my-{word}>, say.")
+    start = tokenizer(args.initializer_token, add_special_tokens=False).input_ids
+    if not start or {*start} & {*tokenizer.all_special_ids}:
+        raise SystemExit(f"--initializer_token {args.initializer_token!r} has no token in the base's tokenizer.")
+    first = len(tokenizer)  # the new tokens' ids count from here; a table may have more rows than that
+    tokenizer.add_tokens(tokens)
+    longest = max(len(tokenizer(caption).input_ids) for caption in captions_of(args))
+    excess = longest - tokenizer.model_max_length
+    if excess > 0:
+        raise SystemExit(f"--num_vectors {args.num_vectors} is {excess} more than fit into the longest caption.")
+    table = text_encoder.get_input_embeddings()
+    # The vectors start from the known words' tokens, in turn.
+    rows = table.weight[[start[i % len(start)] for i in range(len(tokens))]]
+    embeddings = Embeddings(table, first, rows)
+    text_encoder.set_input_embeddings(embeddings)
+    return embeddings.rows
+
+
+class Embeddings(torch.nn.Module):
+    """A frozen table of embeddings, with trained rows in place of those from some id on: nothing else can move."""
+
+    def __init__(self, table, first, rows):
+        super().__init__()
+        self.table, self.first, self.rows = table, first, torch.nn.Parameter(rows)
+
+    def forward(self, input_ids):
+        """Embeds ids (bsz, tokens) as (bsz, tokens, dim)."""
+        known = self.table(input_ids.clamp(max=self.first - 1))
+        new = F.embedding((input_ids - self.first).clamp(min=0), self.rows)
+        return torch.where(input_ids[..., None] < self.first, known, new)
+
+
+def identity(run, models):
+    """Returns what a run has to have in common with the one that it resumes."""
+    return {
+        "--placeholder_token": run.args.placeholder_token,
+        "--num_vectors": run.args.num_vectors,
+        "--learnable_property": run.args.learnable_property,
+        "base model": digest(models.vae_digest, models.text_digest, weights_digest(models.unet)),
+    }
+
+
+def prepare_training(run, models):
+    """Brings the UNet, the text encoders and a new optimizer to the device; returns the optimizer."""
+    accelerator = run.accelerator
+    if len(models.text_encoders) > 1 and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise SystemExit("DeepSpeed trains one model, and SDXL has two text encoders: take another launcher.")
+    # No weight of the UNet is trained or saved, so it is kept in the precision that it runs in.
+    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    prepare_unet(run, models.unet.to(weight_dtype))
+    if run.args.gradient_checkpointing:
+        for text_encoder in models.text_encoders:
+            text_encoder.activation_checkpointing_enable()
+    groups = [{"params": models.params_to_optimize, "lr": run.args.learning_rate}]
+    optimizer = make_optimizer(run, groups)
+    *models.text_encoders, optimizer = accelerator.prepare(*models.text_encoders, optimizer)
+    models.trained = models.text_encoders
+    return optimizer
+
+
+def compute_loss(models, batch, args):
+    """Returns the "loss" of a batch, the mean over its samples. It draws nothing: all noise is in the batch."""
+    latents, encoder_hidden_states, added_cond_kwargs = encode_batch(models, batch)
+    noise_scheduler = models.noise_scheduler
+    timesteps = batch["timesteps"]
+    noise = batch["noise"]
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+    target = prediction_target(noise_scheduler, latents, noise, timesteps)
+    model_pred = models.unet(
+        noisy_latents, timesteps, encoder_hidden_states, added_cond_kwargs=added_cond_kwargs
+    ).sample
+    loss = F.mse_loss(model_pred.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+    weights = snr_weights(noise_scheduler, timesteps, args.snr_gamma)
+    return {"loss": (loss * weights).mean()}
+
+
+def after_step(run, models):
+    """Writes a copy of the vectors every --save_steps optimizer steps."""
+    save_steps, steps = run.args.save_steps, run.optimizer_steps
+    if save_steps == 0 or steps % save_steps:
+        return
+    for name, embeds in learned_embeds(models).items():
+        # Not after a loss that is no number, which is only read later.
+        if all(rows.isfinite().all() for rows in embeds.values()):
+            path = Path(run.args.output_dir, f"{name}-steps-{steps}.safetensors")
+            on_main_process(run, replace_file, path, save(embeds))
+
+
+# What is generated and saved
+
+
+def sample_picture(run, models, prompt, generator):
+    """Generates a validation picture."""
+    side = run.resolution
+    images = models.pipeline(
+        prompt, height=side, width=side, num_inference_steps=SAMPLER_STEPS, generator=generator
+    ).images
+    return images[0]
+
+
+def learned_embeds(models):
+    """Returns by the names of their files what load_textual_inversion takes: the new word and its rows (vectors, dim).
+
+    SDXL's second text encoder has a file of its own.
+    """
+    names, word = ("learned_embeds", "learned_embeds_2"), models.placeholder_token
+    return {name: {word: rows.detach().cpu()} for name, rows in zip(names, models.params_to_optimize)}
+
+
+def save_weights(models, folder):
+    """Writes the vectors into a folder as load_textual_inversion takes them."""
+    for name, embeds in learned_embeds(models).items():
+        replace_file(folder / f"{name}.safetensors", save(embeds))
+
+
+@torch.no_grad()
+def load_weights(models, folder):
+    """Reads a checkpoint's vectors into those that are being trained."""
+    for name, rows in zip(learned_embeds(models), models.params_to_optimize):
+        rows.copy_(load_file(folder / f"{name}.safetensors")[models.placeholder_token])
+
+
+def save_full_pipeline(run, models):
+    """Writes the base model with the new word in it: the base is opened anew, as the UNet may be in half precision."""
+    pipeline = open_base(run.args)
+    set_schedule(run.args, pipeline)
+    for name, embeds in zip(TEXT_ENCODERS, learned_embeds(models).values()):
+        tokenizer = pipeline.components[name.replace("text_encoder", "tokenizer")]
+        text_encoder = pipeline.components[name]
+        pipeline.load_textual_inversion(embeds, tokenizer=tokenizer, text_encoder=text_encoder)
+    pipeline.save_pretrained(run.args.output_dir)
+
+
+def save_model(run, models):
+    """Writes the vectors and, if --save_as_full_pipeline asks for it, the base model with them."""
+    folder, vectors = Path(run.args.output_dir), models.params_to_optimize
+    save_weights(models, folder)
+    if len(vectors) > 1:  # both in one file, under the names that other programs know
+        both = {name: rows.detach().cpu() for name, rows in zip(("clip_l", "clip_g"), vectors)}
+        replace_file(folder / "learned_embeds_xl.safetensors", save(both))
+    if run.args.save_as_full_pipeline:
+        save_full_pipeline(run, models)
+
+
+def loading_code(run, models, name):
+    """Returns the lines that load the result by its name and make a picture."""
+    args = run.args
+    if args.save_as_full_pipeline:
+        load = f"import diffusers\n\npipeline = diffusers.DiffusionPipeline.from_pretrained({name!r})\n"
+    else:
+        load = base_code(run, models, name)
+        if len(models.text_encoders) == 1:
+            load += f"pipeline.load_textual_inversion({name!r})\n"
+        else:
+            for which in ("", "_2"):
+                load += (
+                    f"pipeline.load_textual_inversion({name!r}, weight_name='learned_embeds{which}.safetensors', "
+                    f"text_encoder=pipeline.text_encoder{which}, tokenizer=pipeline.tokenizer{which})\n"
+                )
+    prompt = (picture_prompts(args) or [f"a {args.placeholder_token}"])[0]
+    return (
+        f"{load}"
+        f"prompt = {prompt!r}\n"
+        f"pipeline(prompt, height={run.resolution}, width={run.resolution}).images[0].save('picture.png')"
+    )
+
+
+# === Stable Diffusion: the same in every script that has it ===
+#
+# What it asks of the method above:
+#
+#   choose_caption(samples, key) -> text
+#       the caption that a sample is trained under [draw_caption(samples, key)]
+
+
+SAMPLER_STEPS = 25  # of a validation picture
+SMALL_SET = 10_000  # latents, of 131 kB at 512 x 512, that --center_crop keeps even if this run meets each just once
+PADDED = {"padding": "max_length", "truncation": True}  # UNets attend to the padding as well
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+# The families by their pipelines, with further arguments of from_pretrained.
+PIPELINES = {
+    "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
+    "StableDiffusionXLPipeline": {"add_watermarker": False},
+}
+
+
+# Captions
+
+
+def read_metadata(file, caption_column):
+    """Returns the captions of a metadata.jsonl or metadata.csv by picture, None where a row has none."""
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as lines:
+            rows = list(csv.DictReader(lines) if file.suffix == ".csv" else map(json.loads, filter(str.strip, lines)))
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        for column in ("file_name", caption_column):
+            if column not in columns:
+                raise SystemExit(f"{file} has no column {column!r}, but {columns}; see --caption_column.")
+        return {file.parent / row["file_name"]: row.get(caption_column) for row in rows}
+    except (ValueError, TypeError, LookupError, AttributeError, csv.Error) as error:
+        raise SystemExit(f"{file} cannot be read: {error}")
+
+
+def read_folder(files, caption_column):
+    """Lists the pictures among some files with the captions that metadata files or .txt files beside them give."""
+    captions = {}
+    for metadata in files:
+        if metadata.name in ("metadata.jsonl", "metadata.csv"):
+            captions |= read_metadata(metadata, caption_column)
+    for file in files:
+        beside = file.with_suffix(".txt")
+        if file.suffix.lower() in PICTURE_SUFFIXES and captions.setdefault(file) is None and beside.is_file():
+            try:
+                captions[file] = beside.read_text(encoding="utf-8-sig")
+            except ValueError as error:
+                raise SystemExit(f"{beside} is not UTF-8 text: {error}")
+    return [{"name": str(file), "rows": None, "captions": captions[file]} for file in sorted(captions)]
+
+
+def caption_list(captions):
+    """Returns what there is to draw from: the captions of a string, of a list, or of nothing, without empty ones."""
+    captions = captions if isinstance(captions, list) else [captions]
+    return [text.strip() for text in captions if isinstance(text, str) and text.strip()]
+
+
+def draw_caption(samples, key, proportion_empty=0):
+    """Draws one of a picture's captions, or the empty one for some of the samples."""
+    if proportion_empty and samples.rng(key, "empty caption").random() < proportion_empty:
+        return ""
+    captions = samples.records[key[1]]["captions"]
+    return captions[samples.rng(key, "caption").integers(len(captions))] if len(captions) > 1 else captions[0]
+
+
+def picture_and_caption(samples, key):
+    """Returns the part of a sample that its latents and its conditioning are made of.
+
+    "caption", and its embeddings if they are cached; "pixel_values" (3, resolution, resolution) in [-1, 1], or "mean"
+    and "std" of its latents if they are cached; "posterior_noise" of the latents' shape; and for SDXL "time_ids" (6,),
+    in pixels: the file's height and width, the crop's top and left, the sample's height and width.
+    """
+    crop = samples.choose_crop(key)
+    caption = choose_caption(samples, key)
+    file_width, file_height = samples.records[crop.index]["size"]
+    side, left = samples.resolution, crop.left
+    if crop.flip:  # then the crop shows the other side of the mirrored picture (arXiv:2307.01952, section 2.2)
+        left = crop.width - side - left
+    time_ids = [file_height, file_width, crop.top, left, side, side]
+    sample = {"caption": caption, "time_ids": np.array(time_ids, dtype=np.float32)}
+    sample["posterior_noise"] = samples.rng(key, "posterior").standard_normal(samples.sample_shape, dtype=np.float32)
+    if crop in samples.cached_latents:
+        sample.update(load_file(samples.cached_latents[crop]))
+    else:
+        sample["pixel_values"] = samples.pixels(crop)
+    if caption in samples.cached_embeddings:
+        sample.update(load_file(samples.cached_embeddings[caption]))
+    return sample
+
+
+# The base model
+
+
+def open_folder(args, parts, variant):
+    """Opens a base model of the diffusers layout in float32, as the pipeline that its model_index.json names."""
+    base = args.pretrained_model_name_or_path
+    config = DiffusionPipeline.load_config(base, revision=args.revision, cache_dir=args.cache_dir)
+    name = config["_class_name"]
+    if name not in PIPELINES:
+        raise SystemExit(f"{base} is a {name}, and this script trains {' and '.join(PIPELINES)}.")
+    return getattr(diffusers, name).from_pretrained(
+        base,
+        revision=args.revision,
+        variant=variant,
+        cache_dir=args.cache_dir,
+        dtype=torch.float32,
+        use_safetensors=True,
+        **PIPELINES[name],
+        **parts,
+    )
+
+
+def open_single_file(args, parts):
+    """Opens a base model that is one .safetensors file in float32, as the pipeline that its names ask for."""
+    base = args.pretrained_model_name_or_path
+    with safe_open(base, "pt") as file:
+        keys = {*file.keys()}
+    xl = any(key.startswith("conditioner.") for key in keys)
+    name = "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
+    pipeline = getattr(diffusers, name).from_single_file(
+        base,
+        config=args.single_file_config,
+        cache_dir=args.cache_dir,
+        dtype=torch.float32,
+        **PIPELINES[name],
+        **parts,
+    )
+    encoders = [model for part, model in pipeline.components.items() if part in TEXT_ENCODERS and model]
+    if any(weights.is_meta for model in encoders for weights in model.parameters()):
+        raise ValueError("it lacks weights of a text encoder")
+    if "v_pred" in keys:  # these two are all that a single file can say of its scheduler
+        pipeline.scheduler.register_to_config(prediction_type="v_prediction")
+    if "ztsnr" in keys:
+        pipeline.scheduler.register_to_config(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    return pipeline
+
+
+def open_base(args):
+    """Opens the base model's pipeline as it was published, from files in half precision if it has no others."""
+    base, vae, parts = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path, {}
+    parts["feature_extractor"] = None
+    if vae:
+        try:
+            parts["vae"] = AutoencoderKL.from_pretrained(
+                vae, use_safetensors=True, cache_dir=args.cache_dir, dtype=torch.float32
+            )
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"--pretrained_vae_model_name_or_path {vae} cannot be loaded: {error}")
+    single_file, problem = base.endswith(".safetensors"), None
+    for variant in [args.variant] if args.variant or single_file else [None, "fp16"]:
+        try:
+            pipeline = open_single_file(args, parts) if single_file else open_folder(args, parts, variant)
+            break
+        except Exception as error:  # diffusers raises nearly anything over files that it cannot use
+            problem = problem or error
+    else:
+        missing = single_file and not args.single_file_config
+        hint = " Without a network, and for SD 2.x, a single file needs --single_file_config." if missing else ""
+        raise SystemExit(f"{base} cannot be loaded as a Stable Diffusion model of safetensors files: {problem}{hint}")
+    unet = pipeline.unet.config
+    channels = {unet.in_channels, pipeline.vae.config.latent_channels}
+    known = channels == {4} and unet.addition_embed_type in (None, "text_time")
+    if not known or pipeline.text_encoder is None or "EDM" in type(pipeline.scheduler).__name__:
+        sentence = "is no text-to-image model of Stable Diffusion 1.x, 2.x or XL; this script trains those."
+        raise SystemExit(f"{base} {sentence}")
+    for part in (pipeline, pipeline.unet, pipeline.vae):  # their files would name a folder of this machine
+        part.register_to_config(_name_or_path=Path(base).resolve().name if Path(base).exists() else base)
+    return pipeline
+
+
+def set_schedule(args, pipeline):
+    """Has a pipeline's scheduler sample as the UNet will be trained: by --prediction_type, and from noise alone."""
+    scheduler, config = type(pipeline.scheduler), dict(pipeline.scheduler.config)
+    config["prediction_type"] = args.prediction_type or config["prediction_type"]
+    if args.rescale_betas_zero_snr:
+        config["rescale_betas_zero_snr"] = True
+        config["timestep_spacing"] = "trailing"
+    if config.get("rescale_betas_zero_snr"):
+        if config["prediction_type"] == "epsilon":
+            base = args.pretrained_model_name_or_path
+            sentence = "where the schedule ends in noise alone, take --prediction_type v_prediction."
+            raise SystemExit(f"{base}: {sentence}")
+        # Not all, such as the PNDM of SD 1.x, can sample from noise alone.
+        able = "rescale_betas_zero_snr" in inspect.signature(scheduler).parameters
+        scheduler = scheduler if able else EulerDiscreteScheduler
+    pipeline.scheduler = scheduler.from_config(config)
+
+
+def in_float32(method, tensor, **settings):
+    """Calls a method of the VAE outside of autocast."""
+    with torch.autocast(tensor.device.type, enabled=False):
+        return method(tensor.float(), **settings)
+
+
+def load_base(run):
+    """Loads the base model as the namespace that load_models has to return, all of it frozen; sets run.resolution.
+
+    It also holds the vae, the text_encoders with their tokenizers, and digests of what the caches depend on. All
+    weights are float32; autocast runs them in half precision.
+    """
+    pipeline = open_base(run.args)
+    set_schedule(run.args, pipeline)
+    parts, vae, unet = pipeline.components, pipeline.vae, pipeline.unet
+    names = [name for name in TEXT_ENCODERS if name in parts]
+    text_encoders = [parts[name] for name in names]
+    for model in (vae, unet, *text_encoders):
+        model.requires_grad_(False)
+    upcast = len(names) > 1 and vae.config.force_upcast  # SDXL's overflows in half precision
+    if upcast:
+        vae.encode = functools.partial(in_float32, vae.encode)
+        vae.decode = functools.partial(in_float32, vae.decode)
+    run.resolution = run.args.resolution or (1024 if unet.config.addition_embed_type else 512)
+    side = run.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+    return SimpleNamespace(
+        pipeline=pipeline,
+        unet=unet,
+        vae=vae,
+        text_encoders=text_encoders,
+        tokenizers=[parts[name.replace("text_encoder", "tokenizer")] for name in names],
+        noise_scheduler=DDPMScheduler.from_config(pipeline.scheduler.config),
+        sample_shape=(vae.config.latent_channels, side, side),
+        vae_digest=digest(upcast, weights_digest(vae)),
+        text_digest=digest(pipeline.config.get("force_zeros_for_empty_prompt"), *map(weights_digest, text_encoders)),
+        trained=[],
+        params_to_optimize=[],
+        ema_unet=None,
+        idle=[],
+    )
+
+
+def base_code(run, models, name):
+    """Returns the lines that load the base model as it was trained on, for a result of this name."""
+    args = run.args
+    base, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+    if not Path(name).is_absolute():  # what may be published names no path of this machine
+        base, vae = (Path(path).resolve().name if path and Path(path).exists() else path for path in (base, vae))
+    pipeline, scheduler = type(models.pipeline).__name__, models.pipeline.scheduler
+    single_file = base.endswith(".safetensors")
+    opened = "from_single_file" if single_file else "from_pretrained"
+    code = f"import diffusers\n\npipeline = diffusers.{pipeline}.{opened}({base!r})\n"
+    if vae:
+        code += f"pipeline.vae = diffusers.AutoencoderKL.from_pretrained({vae!r})\n"
+    if args.prediction_type or args.rescale_betas_zero_snr or single_file:  # otherwise it samples as the base does
+        names = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing")
+        settings = {name: scheduler.config[name] for name in names if name in scheduler.config}
+        code += f"config = pipeline.scheduler.config | {settings}\n"
+        code += f"pipeline.scheduler = diffusers.{type(scheduler).__name__}.from_config(config)\n"
+    return code
+
+
+def picture_prompts(args):
+    """Returns the prompts of the validation pictures, one each."""
+    repeated = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
+    return (args.validation_prompts or []) + repeated
+
+
+# What the frozen models make of the data
+
+
+def encode_pixels(vae, pixel_values):
+    """Returns "mean" and "std" of the latents' posterior, each (bsz, 4, h, w) in float32."""
+    # One picture a forward pass: a batch-mate changes the last bits.
+    posteriors = [vae.encode(pixels[None]).latent_dist for pixels in pixel_values]
+    return {name: torch.cat([getattr(p, name) for p in posteriors]).float() for name in ("mean", "std")}
+
+
+def encode_prompts(models, prompts):
+    """Returns the conditioning of some prompts, as a dict of float32 tensors.
+
+    "encoder_hidden_states" (bsz, tokens, dim), and for SDXL the pooled "text_embeds" (bsz, dim).
+    """
+    hidden_states, xl = [], len(models.text_encoders) > 1
+    for tokenizer, text_encoder in zip(models.tokenizers, models.text_encoders):
+        ids = tokenizer(prompts, return_tensors="pt", **PADDED).input_ids
+        # One prompt a forward pass, as with pictures, unless gradients have to flow back through a single one.
+        rows = ids.to(text_encoder.device).split(len(ids) if text_encoder.training else 1)
+        outputs = [text_encoder(row, output_hidden_states=xl) for row in rows]
+        # SDXL takes both encoders' last layer but one (arXiv:2307.01952, section 2.1).
+        hidden_states.append(torch.cat([out.hidden_states[-2] if xl else out[0] for out in outputs]).float())
+    conditioning = {"encoder_hidden_states": torch.cat(hidden_states, dim=-1)}
+    if xl:  # the second one's
+        conditioning["text_embeds"] = torch.cat([out.text_embeds for out in outputs]).float()
+    zeros = models.pipeline.config.get("force_zeros_for_empty_prompt")  # SDXL's stand-in for a prompt not given
+    if zeros and not all(prompts):
+        for tensor in conditioning.values():
+            tensor[[not prompt for prompt in prompts]] = 0
+    return conditioning
+
+
+def encode_batch(models, batch):
+    """Returns a batch's latents (bsz, 4, h, w), embeddings (bsz, tokens, dim) and, for SDXL, added_cond_kwargs."""
+    if "mean" not in batch:
+        batch = batch | encode_pixels(models.vae, batch["pixel_values"])
+    if "encoder_hidden_states" not in batch:
+        batch = batch | encode_prompts(models, batch["caption"])
+    # Every step draws anew from the posterior, also where its mean and std are cached.
+    latents = (batch["mean"] + batch["std"] * batch["posterior_noise"]) * models.vae.config.scaling_factor
+    return latents, batch["encoder_hidden_states"], {name: batch.get(name) for name in ("text_embeds", "time_ids")}
+
+
+# The cache of what they make
+
+
+def fill_cache(run, models, visits):
+    """Runs the frozen encoders once for each input that this run will meet and that no cache entry holds yet.
+
+    visits: pairs of Samples and the keys that the run will take from them.
+    """
+    frozen = [model for model in (*models.text_encoders, models.vae) if model not in models.trained]
+    for model in frozen:
+        model.to(run.accelerator.device, memory_format=torch.channels_last)
+    if run.args.no_encoding_cache:
+        run.accelerator.print("cache      off")
+        return
+    jobs, models.idle, setting = {}, frozen, encoder_setting(run)
+    for samples, keys in visits:
+        crops, captions, worth_keeping = plan_cache(run, samples, keys)
+        if not worth_keeping:
+            crops = set()
+            models.idle = [model for model in frozen if model is not models.vae]
+        for crop in crops:
+            file = samples.cached_latents[crop] = latents_file(run, models, setting, samples, crop)
+            jobs[file] = (encode_crop, models, samples, crop)
+        for caption in captions if models.text_encoders[0] in frozen else ():
+            file = samples.cached_embeddings[caption] = embeddings_file(run, models, setting, caption)
+            jobs[file] = (encode_prompts, models, [caption])
+    fill_entries(run, jobs)
+    size = sum(file.stat().st_size for file in jobs) / 2**30
+    why = "" if models.vae in models.idle else "; latents are not cached, as the run meets most crops just once"
+    run.accelerator.print(f"cache      {size:.3f} GiB in {cache_folder(run.args)}{why}")
+    for model in models.idle:
+        model.to("cpu")
+    torch.cuda.empty_cache()
+
+
+def plan_cache(run, samples, keys):
+    """Returns the crops and captions that some keys will meet, and whether the crops' latents are worth keeping."""
+    crops, captions, met = set(), set(), 0
+    for key in tqdm(keys, "planning", delay=5, disable=not run.accelerator.is_main_process):
+        crops.add(samples.choose_crop(key))
+        captions.add(choose_caption(samples, key))
+        met += 1
+    # An entry that is met less than twice costs more than it spares, unless the next run meets it again.
+    met_again = run.args.center_crop and len(crops) <= SMALL_SET
+    return crops, captions, met >= 2 * len(crops) or met_again
+
+
+def encoder_setting(run):
+    """Lists what the bits of all cache entries depend on, apart from the encoder and its input."""
+    device = run.accelerator.device.type
+    threads_or_tf32 = torch.get_num_threads() if device == "cpu" else run.args.allow_tf32
+    libraries = [version(library) for library in ("torch", "diffusers", "transformers", "Pillow")]
+    return (run.accelerator.mixed_precision, device, threads_or_tf32, *libraries)
+
+
+def latents_file(run, models, setting, samples, crop):
+    """Names the cache entry of a crop, by all that its bits depend on."""
+    picture = (run.resolution, run.args.image_interpolation_mode, samples.records[crop.index]["digest"])
+    box = ((crop.width, crop.height), (crop.left, crop.top), crop.flip)
+    name = digest(*setting, models.vae_digest, *picture, *box)
+    return cache_folder(run.args) / "latents" / name
+
+
+def embeddings_file(run, models, setting, caption):
+    """Names the cache entry of a caption, by all that its bits depend on."""
+    ids = [tokenizer(caption, **PADDED).input_ids for tokenizer in models.tokenizers]
+    name = digest(*setting, models.text_digest, ids)
+    return cache_folder(run.args) / "prompts" / name
+
+
+def encode_crop(models, samples, crop):
+    """Returns "mean" and "std" of a crop's latents, each (1, 4, h, w)."""
+    return encode_pixels(models.vae, samples.pixels(crop)[None].to(models.vae.device))
+
+
+@torch.no_grad()
+def fill_entry(file, encode, *inputs):
+    """Computes a cache entry, unless it is there and whole."""
+    try:
+        load_file(file)
+    except (OSError, SafetensorError):  # there is none yet, or it is torn
+        tensors = encode(*inputs)
+        replace_file(file, save({name: tensor[0].cpu().contiguous() for name, tensor in tensors.items()}))
+
+
+def fill_entries(run, jobs):
+    """Fills the cache entries of some jobs, by file what to encode; ranks take turns, one each."""
+    files, folder = sorted(jobs), cache_folder(run.args)
+    # Machines need not share a disk, so each fills its own.
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", run.accelerator.num_processes))
+    turns = range(0, len(files), ranks_here)
+    with run.accelerator.autocast():
+        for first in tqdm(turns, "caching", disable=not run.accelerator.is_main_process):
+            mine = first + run.accelerator.local_process_index
+            job = (files[mine], *jobs[files[mine]]) if mine < len(files) else ()
+            together(fill_entry, *job, on=bool(job), folder=folder)
+            run.stop.exit_if_asked()
+
+
+# === End of stable diffusion ===
+
+
+# === Engine: the same in every script ===
+#
+# It takes the steps, and does whatever a run needs around them. These hooks are all that it asks of a method. Each of
+# them has to be there; in brackets stands what to return where there is nothing to do. In the scripts of Stable
+# Diffusion, their fence has fill_cache and picture_prompts.
+#
+#   PUBLISHED
+#       patterns of the files that are uploaded
+#   CARD
+#       what the model card's header says of the method [{}]
+#   read_records(args) -> records
+#       the pictures, each {"name": path, "rows": None, "captions": [text, ...]}; of a data set, "rows" is that, and
+#       "row" the number in it. The engine adds "digest" and "size" (w, h).
+#   class_records(run) -> records
+#       checked pictures of a subject's class, of which one stands behind each of the others in a batch [[]]
+#   make_sample(samples, key) -> dict
+#       a sample of arrays, numbers and texts, with all that it draws, by samples.rng(key, "a name of the draw")
+#   load_models(run) -> models
+#       a namespace of the pipeline, unet, noise_scheduler, sample_shape (of the noise), trained (models),
+#       params_to_optimize, ema_unet (None if there is no average) and idle (frozen models that no step needs).
+#       It sets run.resolution.
+#   identity(run, models) -> dict
+#       what a run must have in common with the one that it resumes [{}]
+#   fill_cache(run, models, visits)
+#       computes once what frozen models make of the visits, pairs of Samples and keys [nothing]
+#   prepare_training(run, models) -> optimizer
+#       brings the models and their optimizer to the device
+#   compute_loss(models, batch, args) -> dict
+#       the "loss" of a batch of samples, and what else to log
+#   after_step(run, models)
+#       whatever else follows an optimizer step [nothing]
+#   picture_prompts(args) -> prompts
+#       of the validation pictures, one each [[]]
+#   sample_picture(run, models, prompt, generator) -> PIL image
+#       generates a validation picture
+#   save_weights(models, folder)
+#       writes the weights that are trained, for a checkpoint; the engine writes their average
+#   load_weights(models, folder)
+#       reads it back
+#   save_model(run, models)
+#       writes the result to args.output_dir
+#   loading_code(run, models, name) -> text
+#       the lines that load the result by its name, and make a picture
+
+
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+VALIDATION_DRAWS = 4  # noises and timesteps for each held-out picture
+STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1"} & {*dir(signal)}
+UNSAVED = {"config", "hub_token", "overwrite_output_dir", "resume_from_checkpoint"}
+
+
+def train(run, models, data, optimizer, lr_scheduler):
+    """Takes the optimizer steps that are left, logging, validating and saving as asked; a signal ends it early."""
+    args, accelerator = run.args, run.accelerator
+    batches = load_batches(run, data)
+    validations = steps_to_validate(run, data)
+    if run.global_step in validations:  # step 0, or one due when the checkpoint was written, as saving comes first
+        validate(run, models, data)
+    progress_bar = tqdm(
+        desc="training",
+        total=run.max_train_steps,
+        initial=run.global_step,
+        disable=not accelerator.is_main_process,
+    )
+    for model in models.trained:
+        model.train()
+    unread = []  # finished steps whose numbers are still on the device
+    last_time = time.perf_counter()
+    for step in range(run.global_step, run.max_train_steps):
+        losses = Counter()
+        for micro_step in range(args.gradient_accumulation_steps):
+            # Only dropout inside the models draws from the global generator.
+            torch.manual_seed(int(digest(run.seed, step, micro_step, accelerator.process_index)[:8], 16))
+            batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
+            with accelerator.accumulate(*models.trained):
+                with accelerator.autocast():
+                    micro_losses = compute_loss(models, batch, args)
+                accelerator.backward(micro_losses["loss"])
+                for name, loss in micro_losses.items():
+                    losses[name] += loss.detach() / args.gradient_accumulation_steps
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(models.params_to_optimize, args.max_grad_norm or math.inf)
+                optimizer.step()  # this and the next do nothing before the last micro-step: accelerate sees to it
+                optimizer.zero_grad()
+        run.global_step = step + 1
+        row = {"step": run.global_step, "lr": lr_scheduler.get_last_lr()[0]}
+        skipped = accelerator.optimizer_step_was_skipped  # after an overflow that the scaler of fp16 handles
+        if not skipped:
+            run.optimizer_steps += 1
+            lr_scheduler.step()
+            update_average(run, models)
+            after_step(run, models)
+        keys, now = data.step_keys(step), time.perf_counter()
+        row["images_per_second"] = len(keys) / (now - last_time)
+        row["memory_gib"] = peak_memory(accelerator)
+        last_time = now
+        unread.append(FinishedStep(run, row, keys, losses, grad_norm, skipped))
+
+        validate_now = run.global_step in validations
+        save_now = args.checkpointing_steps and run.global_step % args.checkpointing_steps == 0
+        # Read one step late, so that the device always has work, or at once where something follows from the numbers.
+        read_now = validate_now or save_now or run.global_step == run.max_train_steps
+        asked_to_stop = log_steps(run, data, progress_bar, unread, keep=0 if read_now else 1)
+        if run.stop.signum and accelerator.num_processes == 1:  # no other rank has to hear of it first
+            asked_to_stop = True
+        if asked_to_stop:
+            log_steps(run, data, progress_bar, unread, keep=0)
+        # Saved before it is validated: a stop in a long validation then loses no step, and resuming validates again.
+        if save_now or asked_to_stop:
+            save_checkpoint(run, models)
+        if asked_to_stop:
+            accelerator.print(f"\nStopped after step {step + 1}, and saved: --resume_from_checkpoint latest goes on.")
+            run.stop.exit_if_asked()
+        if validate_now:
+            validate(run, models, data)
+        if save_now or validate_now:
+            last_time = time.perf_counter()
+    progress_bar.close()
+
+
+# The run and its data
+
+
+@dataclasses.dataclass
+class Run:
+    """What a run knows, apart from its models and its data. Functions take it as run."""
+
+    args: argparse.Namespace  # as given; nothing writes to it
+    accelerator: Accelerator
+    stop: "StopFlag"
+    # What a checkpoint carries on.
+    seed: int
+    tracker_id: str
+    global_step: int = 0  # optimizer steps so far, also those that the scaler of fp16 skipped
+    optimizer_steps: int = 0  # without those
+    identity: dict = dataclasses.field(default_factory=dict)  # of base, data and method, which may not change
+    # What the flags leave open.
+    resolution: int = 0  # side of a sample in pixels
+    total_batch_size: int = 0  # samples of an optimizer step, over all processes; class pictures come on top
+    steps_per_epoch: int = 0
+    max_train_steps: int = 0
+    validation_steps: int = 0
+
+    def settings(self):
+        """Returns the flags as given, and what the run made of those that left it open."""
+        given = {name: value for name, value in vars(self.args).items() if name not in UNSAVED}
+        return given | {
+            "seed": self.seed,
+            "resolution": self.resolution,
+            "max_train_steps": self.max_train_steps,
+            "validation_steps": self.validation_steps,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "num_processes": self.accelerator.num_processes,
+        }
+
+
+class Data:
+    """The samples of a run and the order in which its steps take them."""
+
+    def __init__(self, run, samples, held_out, sizes):
+        self.samples, self.held_out = samples, held_out
+        self.total_batch_size, self.sizes, self.seed = run.total_batch_size, sizes, run.seed
+
+    def step_keys(self, step):
+        """The (epoch, index) keys of an optimizer step's samples, over all ranks and micro-steps."""
+        return step_keys(step, self.total_batch_size, self.sizes, self.seed)
+
+
+def generator(seed, epoch, index, stream):
+    """Returns the generator of one kind of draw, named by its stream, for one sample of one epoch."""
+    return np.random.default_rng((seed, epoch, index, zlib.crc32(stream.encode())))
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(seed, epoch, size):
+    """The order of one pass over the data."""
+    return generator(seed, epoch, size, "order").permutation(size)
+
+
+def step_keys(step, total_batch_size, sizes, seed):
+    """The keys of an optimizer step, cut from one endless stream of shuffled passes over the data.
+
+    sizes: how many pictures there are, and how many class pictures; of these, one stands behind each of the others.
+    """
+    pictures, class_pictures = sizes
+    keys = []
+    for place in range(step * total_batch_size, (step + 1) * total_batch_size):
+        epoch, i = divmod(place, pictures)
+        keys.append((epoch, int(permutation(seed, epoch, pictures)[i])))
+    if not class_pictures:
+        return keys
+    pairs = zip(keys, step_keys(step, total_batch_size, (class_pictures, 0), seed))
+    return [key for first, (epoch, index) in pairs for key in (first, (epoch, pictures + index))]
+
+
+class Crop(typing.NamedTuple):
+    """What is made of a picture, but for its noise: the one at index, resized, cut out from left and top, mirrored."""
+
+    index: int
+    width: int
+    height: int
+    left: int
+    top: int
+    flip: bool
+
+
+class Samples(torch.utils.data.Dataset):
+    """Samples by key (epoch, index), each a function of seed, key and picture, whatever the batch, worker or flags."""
+
+    def __init__(self, args, records, seed, resolution, sample_shape, num_train_timesteps):
+        self.args, self.records, self.seed, self.resolution = args, records, seed, resolution
+        self.sample_shape, self.num_train_timesteps = sample_shape, num_train_timesteps
+        self.cached_latents = {}  # files by crop, filled by fill_cache
+        self.cached_embeddings = {}  # files by caption
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, key):
+        return make_sample(self, key)
+
+    def rng(self, key, stream):
+        """Returns the generator of one kind of draw for a sample."""
+        return generator(self.seed, *key, stream)
+
+    def choose_crop(self, key):
+        """Draws where a sample is cut out of its picture, and whether it is mirrored."""
+        index, side = key[1], self.resolution
+        shorter = min(self.records[index]["size"])
+        width, height = (max(side, round(length * side / shorter)) for length in self.records[index]["size"])
+        x, y = (0.5, 0.5) if self.args.center_crop else self.rng(key, "crop").random(2)
+        left, top = int(x * (width - side + 1)), int(y * (height - side + 1))
+        flip = self.args.random_flip and bool(self.rng(key, "flip").random() < 0.5)
+        return Crop(index, width, height, left, top, flip)
+
+    def pixels(self, crop):
+        """Resizes, crops and flips a picture to float32 in [-1, 1], shape (3, resolution, resolution)."""
+        resample = Image.Resampling[self.args.image_interpolation_mode.removesuffix("_exact").upper()]
+        image = open_image(read_bytes(self.records[crop.index])).resize((crop.width, crop.height), resample)
+        image = image.crop((crop.left, crop.top, crop.left + self.resolution, crop.top + self.resolution))
+        image = np.array(ImageOps.mirror(image) if crop.flip else image, dtype=np.float32).clip(0, 255)
+        image = image if image.ndim == 3 else np.stack([image] * 3, axis=-1)
+        return torch.from_numpy(image).permute(2, 0, 1).contiguous() / 127.5 - 1
+
+
+def load_batches(run, data):
+    """Yields this rank's batches of the steps that are left: its slice of a step's keys for each micro-step."""
+    rank, world_size = run.accelerator.process_index, run.accelerator.num_processes
+    steps, micro_steps = range(run.global_step, run.max_train_steps), run.args.gradient_accumulation_steps
+
+    def batch_keys():
+        for step in steps:
+            keys = data.step_keys(step)
+            batch_size = len(keys) // (micro_steps * world_size)
+            for micro_step in range(micro_steps):
+                first = (micro_step * world_size + rank) * batch_size
+                yield keys[first : first + batch_size]
+
+    return iter(
+        torch.utils.data.DataLoader(
+            data.samples,
+            batch_sampler=batch_keys(),
+            pin_memory=run.accelerator.device.type == "cuda",
+            num_workers=run.args.dataloader_num_workers,
+            worker_init_fn=ignore_signals,
+        )
+    )
+
+
+# Pictures and their checks
+
+
+def digest(*parts):
+    """Names what the parts say in 32 hexadecimal digits; bytes and arrays count as they are, the rest as text."""
+    blake = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        blake.update(part if isinstance(part, (bytes, np.ndarray)) else repr(part).encode())
+        blake.update(b"\0")
+    return blake.hexdigest()
+
+
+def weights_digest(model):
+    """Names a model by its layers and the values of its weights."""
+    return digest(repr(model), *(tensor.contiguous().numpy() for tensor in model.state_dict().values()))
+
+
+def list_files(folder):
+    """Lists the files under a folder, sorted; hidden ones are left out, links to folders are followed."""
+    return sorted(Path(file) for file in glob.glob(f"{glob.escape(str(folder))}/**", recursive=True))
 
 
 def read_bytes(record):
@@ -397,12 +1350,12 @@ def check_record(record, stop):
 
 def stamp(record):
     """Names a picture's state without reading it: by its file's size and time, or its data set's fingerprint."""
-    file = Path(record["name"])
+    has_caption = bool(record["captions"])
     if record["rows"] is not None:
-        state = (record["rows"]._fingerprint, record["row"])
-    else:
-        state = (str(file.absolute()), *((file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else ()))
-    return digest(*state, bool(record["captions"]))
+        return digest(record["rows"]._fingerprint, record["row"], has_caption)
+    file = Path(record["name"])
+    size_and_time = (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else ()
+    return digest(str(file.absolute()), *size_and_time, has_caption)
 
 
 def read_manifest(file):
@@ -413,34 +1366,46 @@ def read_manifest(file):
         return {}
 
 
-def check_records(accelerator, args, records, stop):
+def check_records(run, records):
     """Decodes every picture once, lists all bad ones, and returns the good ones with their "digest" and "size" (w, h).
 
     A manifest of names, sizes and modification times in the cache folder spares unchanged files the next time.
     """
+    main_process = run.accelerator.is_main_process
     rows, folder = records[0]["rows"], str(Path(records[0]["name"]).absolute().parent)
-    manifest = cache_folder(args) / "checked" / digest(folder if rows is None else rows._fingerprint)
+    manifest = cache_folder(run.args) / "checked" / digest(folder if rows is None else rows._fingerprint)
+    known = together(read_manifest, manifest, on=main_process, folder=manifest.parent)
     stamps = gather_object([[stamp(record) for record in records]])[0]  # rank 0's: its copies may have other times
-    known = agree(manifest.parent, accelerator.is_main_process, read_manifest, manifest)
-    new = [i for i in range(len(records)) if stamps[i] not in known]
-    mine = new[accelerator.process_index :: accelerator.num_processes]
-    quiet = not mine or not accelerator.is_main_process
-    found = thread_map(check_record, [records[i] for i in mine], [stop] * len(mine), desc="checking", disable=quiet)
-    found = dict(gather_object(list(zip(mine, found))))
+    found = check_new(run, records, [i for i in range(len(records)) if stamps[i] not in known])
     bad = {i: found[i] for i in sorted(found) if isinstance(found[i], str)}
-    known.update({stamps[i]: result for i, result in found.items() if i not in bad})
-    if not args.no_encoding_cache:
-        text = json.dumps({key: known[key] for key in stamps if key in known})
-        agree(manifest.parent, accelerator.is_main_process, replace_file, manifest, text.encode())
-    stop.exit_if_asked()
+    for i in found.keys() - bad.keys():
+        known[stamps[i]] = found[i]
+    if not run.args.no_encoding_cache:
+        text = json.dumps({name: known[name] for name in stamps if name in known})
+        together(replace_file, manifest, text.encode(), on=main_process, folder=manifest.parent)
+    run.stop.exit_if_asked()
     if bad:
-        listing = "".join(f"\n  {records[i]['name']} {reason}" for i, reason in bad.items())
-        listing = f"{len(bad)} of {len(records)} pictures cannot be used:{listing}"
-        if args.on_bad_image == "error" or len(bad) == len(records):
-            raise SystemExit(f"{listing}\nMend or remove them, or leave them out by --on_bad_image skip.")
-        accelerator.print(listing)
+        report_bad(run, records, bad)
     good = [i for i in range(len(records)) if i not in bad]
     return [{**records[i], "digest": known[stamps[i]][0], "size": known[stamps[i]][1:]} for i in good]
+
+
+def check_new(run, records, new):
+    """Checks the pictures at some places among the records, in threads and by turns; returns the findings by place."""
+    mine = new[run.accelerator.process_index :: run.accelerator.num_processes]
+    quiet = not mine or not run.accelerator.is_main_process
+    check = functools.partial(check_record, stop=run.stop)
+    found = thread_map(check, [records[i] for i in mine], desc="checking", disable=quiet)
+    return dict(gather_object(list(zip(mine, found))))
+
+
+def report_bad(run, records, bad):
+    """Lists the pictures that cannot be used, by place why; ends the run unless it is to skip them."""
+    listing = "".join(f"\n  {records[i]['name']} {reason}" for i, reason in bad.items())
+    listing = f"{len(bad)} of {len(records)} pictures cannot be used:{listing}"
+    if run.args.on_bad_image == "error" or len(bad) == len(records):
+        raise SystemExit(f"{listing}\nMend or remove them, or leave them out by --on_bad_image skip.")
+    run.accelerator.print(listing)
 
 
 def split_records(args, records, seed):
@@ -450,269 +1415,6 @@ def split_records(args, records, seed):
         raise SystemExit(f"--validation_samples {args.validation_samples} leaves none of {len(chosen)} to train on.")
     held_out = {chosen[i * len(chosen) // args.validation_samples] for i in range(args.validation_samples)}
     return [records[i] for i in chosen if i not in held_out], [records[i] for i in sorted(held_out)]
-
-
-@functools.lru_cache(maxsize=2)
-def permutation(seed, epoch, size):
-    """The order of one pass over the data."""
-    # The fourth word keeps this apart from the samples' (seed, epoch, index).
-    return np.random.default_rng((seed, epoch, size, 1)).permutation(size)
-
-
-def step_keys(step, total_batch_size, size, seed):
-    """The (epoch, index) keys of an optimizer step, cut from one endless stream of shuffled passes over the data."""
-    places = range(step * total_batch_size, (step + 1) * total_batch_size)
-    return [(place // size, int(permutation(seed, place // size, size)[place % size])) for place in places]
-
-
-class Samples(torch.utils.data.Dataset):
-    """Samples by key (epoch, index), each a function of seed, key and picture, whatever the batch, worker or flags.
-
-    A sample holds float32 arrays of the latents' shape (4, h, w): "noise", "perturbation" and "posterior_noise";
-    "offset_noise" (4, 1, 1); "timesteps"; "caption" and its cached embeddings; the latents' cached "mean" and "std",
-    or else "pixel_values" (3, resolution, resolution) in [-1, 1]; and for SDXL "time_ids" (6,), in pixels: the file's
-    height and width, the crop's top and left, the sample's height and width.
-    """
-
-    def __init__(self, args, records, seed, latent_shape, num_train_timesteps):
-        self.args, self.records, self.seed = args, records, seed
-        self.latent_shape, self.num_train_timesteps = latent_shape, num_train_timesteps
-        self.proportion_empty = vars(args).get("proportion_empty_prompts", 0)  # what has no captions has no such flag
-        self.cached = {}  # files of variants' latents and captions' embeddings, filled by fill_cache
-
-    def __len__(self):
-        return len(self.records)
-
-    def place(self, key):
-        """Draws crop, flip and caption; returns the generator for the draws that follow, the variant, the caption."""
-        epoch, index = key
-        rng = np.random.default_rng((self.seed, epoch, index))
-        # Always all draws, in one order, so that a flag that is off shifts nothing.
-        left, top, flip, choice, drop = rng.random(5)
-        side, record = self.args.resolution, self.records[index]
-        width, height = (max(side, round(length * side / min(record["size"]))) for length in record["size"])
-        if self.args.center_crop:
-            left = top = 0.5
-        corner = (int(left * (width - side + 1)), int(top * (height - side + 1)))
-        variant = (index, (width, height), corner, bool(self.args.random_flip and flip < 0.5))
-        caption = record["captions"][int(choice * len(record["captions"]))]
-        return rng, variant, "" if drop < self.proportion_empty else caption
-
-    def pixels(self, variant):
-        """Resizes, crops and flips a picture to float32 in [-1, 1], shape (3, resolution, resolution)."""
-        index, size, (left, top), flip = variant
-        resample = Image.Resampling[self.args.image_interpolation_mode.removesuffix("_exact").upper()]
-        image = open_image(read_bytes(self.records[index])).resize(size, resample)
-        image = image.crop((left, top, left + self.args.resolution, top + self.args.resolution))
-        image = np.array(ImageOps.mirror(image) if flip else image, dtype=np.float32).clip(0, 255)
-        image = image if image.ndim == 3 else np.stack([image] * 3, axis=-1)
-        return torch.from_numpy(image).permute(2, 0, 1).contiguous() / 127.5 - 1
-
-    def __getitem__(self, key):
-        rng, variant, caption = self.place(key)
-        index, (width, _), (left, top), flip = variant
-        side = self.args.resolution
-        # Of the picture as it was mirrored, since the crop shows its other side then (arXiv:2307.01952, section 2.2).
-        corner = (top, width - side - left if flip else left)
-        time_ids = np.array([*self.records[index]["size"][::-1], *corner, side, side], dtype=np.float32)
-        example = {"caption": caption, "time_ids": time_ids}
-        for name in ("posterior_noise", "noise", "perturbation"):
-            example[name] = rng.standard_normal(self.latent_shape, dtype=np.float32)
-        example["offset_noise"] = rng.standard_normal((self.latent_shape[0], 1, 1), dtype=np.float32)
-        example["timesteps"] = rng.integers(self.num_train_timesteps)
-        if variant not in self.cached:
-            example["pixel_values"] = self.pixels(variant)
-        for file in {variant, caption} & self.cached.keys():
-            example.update(load_file(self.cached[file]))
-        return example
-
-
-# Models and what the frozen ones make of the data
-
-
-def weights_digest(model):
-    """Names a model by its layers and the values of its weights."""
-    return digest(repr(model), *(tensor.contiguous().numpy() for tensor in model.state_dict().values()))
-
-
-def open_pipeline(args, variant):
-    """Opens the base model in float32 as the pipeline that its model_index.json, or a single file's names, ask for."""
-    base, files = args.pretrained_model_name_or_path, {"cache_dir": args.cache_dir, "dtype": torch.float32}
-    if base.endswith(".safetensors"):
-        with safe_open(base, "pt") as file:
-            keys = {*file.keys()}
-        xl = any(key.startswith("conditioner.") for key in keys)
-        name = "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
-    else:
-        name = DiffusionPipeline.load_config(base, revision=args.revision, cache_dir=args.cache_dir)["_class_name"]
-        if name not in PIPELINES:
-            raise SystemExit(f"{base} is a {name}, and this script trains {' and '.join(PIPELINES)}.")
-    parts = PIPELINES[name] | {"feature_extractor": None}
-    if vae := args.pretrained_vae_model_name_or_path:
-        try:
-            parts["vae"] = AutoencoderKL.from_pretrained(vae, use_safetensors=True, **files)
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"--pretrained_vae_model_name_or_path {vae} cannot be loaded: {error}")
-    if not base.endswith(".safetensors"):
-        files |= {"revision": args.revision, "variant": variant, "use_safetensors": True}
-        return getattr(diffusers, name).from_pretrained(base, **files, **parts)
-    pipeline = getattr(diffusers, name).from_single_file(base, config=args.single_file_config, **files, **parts)
-    encoders = [model for part, model in pipeline.components.items() if part in TEXT_ENCODERS and model]
-    if any(weights.is_meta for model in encoders for weights in model.parameters()):
-        raise ValueError("it lacks weights of a text encoder")
-    if "v_pred" in keys:  # these two are all that a single file can say of its scheduler
-        pipeline.scheduler.register_to_config(prediction_type="v_prediction")
-    if "ztsnr" in keys:
-        pipeline.scheduler.register_to_config(rescale_betas_zero_snr=True, timestep_spacing="trailing")
-    return pipeline
-
-
-def set_schedule(args, pipeline):
-    """Has a pipeline's scheduler sample as the UNet will be trained: by --prediction_type, and from noise alone."""
-    scheduler, config = type(pipeline.scheduler), dict(pipeline.scheduler.config)
-    config["prediction_type"] = args.prediction_type or config["prediction_type"]
-    if args.rescale_betas_zero_snr:
-        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    if config.get("rescale_betas_zero_snr"):
-        if config["prediction_type"] == "epsilon":
-            raise SystemExit(f"{args.pretrained_model_name_or_path}: {NOISE_ALONE}.")
-        # Not all, such as the PNDM of SD 1.x, can sample from noise alone.
-        able = "rescale_betas_zero_snr" in inspect.signature(scheduler).parameters
-        scheduler = scheduler if able else EulerDiscreteScheduler
-    pipeline.scheduler = scheduler.from_config(config)
-
-
-def load_pipeline(args):
-    """Loads the base model's pipeline, from files in half precision if it has no others.
-
-    Sets args.resolution to the usual one of its family unless it is given.
-    """
-    base, error = args.pretrained_model_name_or_path, None
-    single_file = base.endswith(".safetensors")
-    for variant in [args.variant] if args.variant or single_file else [None, "fp16"]:
-        try:
-            pipeline = open_pipeline(args, variant)
-            break
-        except Exception as caught:  # diffusers raises nearly anything over files that it cannot use
-            error = error or caught
-    else:
-        missing = single_file and not args.single_file_config
-        hint = " Without a network, and for SD 2.x, a single file needs --single_file_config." if missing else ""
-        raise SystemExit(f"{base} cannot be loaded as a Stable Diffusion model of safetensors files: {error}{hint}")
-    unet = pipeline.unet.config
-    foreign = {unet.in_channels, pipeline.vae.config.latent_channels} != {4} or pipeline.text_encoder is None
-    foreign |= unet.addition_embed_type not in (None, "text_time") or "EDM" in type(pipeline.scheduler).__name__
-    if foreign:
-        raise SystemExit(
-            f"{base} is no text-to-image model of Stable Diffusion 1.x, 2.x or XL; this script trains those."
-        )
-    set_schedule(args, pipeline)
-    for part in (pipeline, pipeline.unet, pipeline.vae):  # their files would name a folder of this machine
-        part.register_to_config(_name_or_path=Path(base).resolve().name if Path(base).exists() else base)
-    args.resolution = args.resolution or (1024 if unet.addition_embed_type else 512)
-    return pipeline
-
-
-def in_float32(method, tensor, **settings):
-    """Calls a method of the VAE outside of autocast."""
-    with torch.autocast(tensor.device.type, enabled=False):
-        return method(tensor.float(), **settings)
-
-
-def name_parts(pipeline):
-    """Returns a pipeline's models by the names that training gives them, all of them frozen so far."""
-    models = SimpleNamespace(pipeline=pipeline, vae=pipeline.vae, unet=pipeline.unet, ema_unet=None)
-    names, parts = [name for name in TEXT_ENCODERS if name in pipeline.components], pipeline.components
-    models.text_encoders = [parts[name] for name in names]
-    models.tokenizers = [parts[name.replace("text_encoder", "tokenizer")] for name in names]
-    for model in (models.vae, models.unet, *models.text_encoders):
-        model.requires_grad_(False)
-    upcast = len(models.text_encoders) > 1 and models.vae.config.force_upcast  # SDXL's overflows in half precision
-    if upcast:
-        for name in ("encode", "decode"):
-            setattr(models.vae, name, functools.partial(in_float32, getattr(models.vae, name)))
-    zeros = pipeline.config.get("force_zeros_for_empty_prompt")
-    models.vae_digest = digest(upcast, weights_digest(models.vae))
-    models.text_digest = digest(zeros, *map(weights_digest, models.text_encoders))
-    models.noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    models.idle = []  # frozen models that no step needs, kept in CPU memory
-    return models
-
-
-class Embeddings(torch.nn.Module):
-    """A frozen table of embeddings, with trained rows in place of those from some id on: nothing else can move."""
-
-    def __init__(self, table, first, rows):
-        super().__init__()
-        self.table, self.first, self.rows = table, first, torch.nn.Parameter(rows)
-
-    def forward(self, input_ids):
-        """Embeds ids (bsz, tokens) as (bsz, tokens, dim)."""
-        known = self.table(input_ids.clamp(max=self.first - 1))
-        new = F.embedding((input_ids - self.first).clamp(min=0), self.rows)
-        return torch.where(input_ids[..., None] < self.first, known, new)
-
-
-def load_models(args):
-    """Loads the base model, all of it frozen, and adds the new tokens to its tokenizer and its text encoder."""
-    models = name_parts(load_pipeline(args))
-    models.unet_digest, models.ema_unet = weights_digest(models.unet), None
-    word, tokens = args.placeholder_token, word_tokens(args)
-    models.placeholder_token, models.trained, models.params_to_optimize = word, models.text_encoders, []
-    for tokenizer, text_encoder in zip(models.tokenizers, models.text_encoders):
-        if len(tokenizer.tokenize(word)) == 1 or {*tokens} & {*tokenizer.get_vocab()}:
-            raise SystemExit(f"--placeholder_token {word} is known to the base model: take another: <my-{word}>, say.")
-        start = tokenizer(args.initializer_token, add_special_tokens=False).input_ids
-        if not start or {*start} & {*tokenizer.all_special_ids}:
-            raise SystemExit(f"--initializer_token {args.initializer_token!r} has no token in the base's tokenizer.")
-        first, table = len(tokenizer), text_encoder.get_input_embeddings()
-        tokenizer.add_tokens(tokens)
-        excess = max(len(tokenizer(caption).input_ids) for caption in captions_of(args)) - tokenizer.model_max_length
-        if excess > 0:
-            raise SystemExit(f"--num_vectors {args.num_vectors} is {excess} more than fit into the longest caption.")
-        embeddings = Embeddings(table, first, table.weight[[start[i % len(start)] for i in range(len(tokens))]])
-        text_encoder.set_input_embeddings(embeddings)
-        models.params_to_optimize.append(embeddings.rows)
-    return models
-
-
-def learned_embeds(models):
-    """Returns by the names of their files what load_textual_inversion takes: the new word and its rows (vectors, dim).
-
-    SDXL's second text encoder has a file of its own.
-    """
-    names, word = ("learned_embeds", "learned_embeds_2"), models.placeholder_token
-    return {name: {word: rows.detach().cpu()} for name, rows in zip(names, models.params_to_optimize)}
-
-
-def encode_pixels(vae, pixel_values):
-    """Returns "mean" and "std" of the latents' posterior, each (bsz, 4, h, w) in float32."""
-    # One picture a forward pass: a batch-mate changes the last bits.
-    posteriors = [vae.encode(pixels[None]).latent_dist for pixels in pixel_values]
-    return {name: torch.cat([getattr(p, name) for p in posteriors]).float() for name in ("mean", "std")}
-
-
-def encode_prompts(models, prompts):
-    """Returns the conditioning of some prompts, as a dict of float32 tensors.
-
-    "encoder_hidden_states" (bsz, tokens, dim), and for SDXL the pooled "text_embeds" (bsz, dim).
-    """
-    hidden_states, xl = [], len(models.text_encoders) > 1
-    for tokenizer, text_encoder in zip(models.tokenizers, models.text_encoders):
-        ids = tokenizer(prompts, return_tensors="pt", **PADDED).input_ids
-        # One prompt a forward pass, as with pictures, unless gradients have to flow back through a single one.
-        rows = ids.to(text_encoder.device).split(len(ids) if text_encoder.training else 1)
-        outputs = [text_encoder(row, output_hidden_states=xl) for row in rows]
-        # SDXL takes both encoders' last layer but one (arXiv:2307.01952, section 2.1).
-        hidden_states.append(torch.cat([out.hidden_states[-2] if xl else out[0] for out in outputs]).float())
-    conditioning = {"encoder_hidden_states": torch.cat(hidden_states, dim=-1)}
-    if xl:  # the second one's
-        conditioning["text_embeds"] = torch.cat([out.text_embeds for out in outputs]).float()
-    zeros = models.pipeline.config.get("force_zeros_for_empty_prompt")  # SDXL's stand-in for a prompt not given
-    if zeros and not all(prompts):
-        for tensor in conditioning.values():
-            tensor[[not prompt for prompt in prompts]] = 0
-    return conditioning
 
 
 def cache_folder(args):
@@ -732,84 +1434,19 @@ def replace_file(path, data):
         beside.unlink(missing_ok=True)
 
 
-def fill_entry(models, file, samples, what):
-    """Computes the cache entry of a variant, or of a caption, unless it is there and whole."""
-    try:
-        load_file(file)
-    except (OSError, SafetensorError):  # there is none yet, or it is torn
-        if isinstance(what, str):
-            tensors = encode_prompts(models, [what])
-        else:
-            tensors = encode_pixels(models.vae, samples.pixels(what)[None].to(models.vae.device))
-        replace_file(file, save({name: tensor[0].cpu().contiguous() for name, tensor in tensors.items()}))
+# What the losses of all methods have in common
 
 
-@torch.no_grad()
-def fill_cache(accelerator, args, models, visits, stop):
-    """Runs the frozen encoders once for each input that this run will meet and that no cache entry holds yet.
+def prediction_target(noise_scheduler, clean, noise, timesteps):
+    """Returns what the UNet is asked for, of the samples' shape: the noise, the velocity or the sample itself.
 
-    visits: pairs of Samples and the keys that the run will take from them; ranks take turns, one input each.
+    The velocity is that of Salimans and Ho 2022, arXiv:2202.00512, appendix D.
     """
-    frozen = [model for model in (*models.text_encoders, models.vae) if model not in models.trained]
-    for model in frozen:
-        model.to(accelerator.device, memory_format=torch.channels_last)
-    if args.no_encoding_cache:
-        accelerator.print("cache      off")
-        return
-    # The name of an entry says all that its bits depend on.
-    device = accelerator.device.type
-    setting = [accelerator.mixed_precision, device, torch.get_num_threads() if device == "cpu" else args.allow_tf32]
-    setting += [version(library) for library in ("torch", "diffusers", "transformers", "Pillow")]
-    prompts_setting = (*setting, models.text_digest)
-    latents_setting = (*setting, models.vae_digest, args.resolution, args.image_interpolation_mode)
-    models.idle = frozen
-    jobs = {}
-    for samples, keys in visits:
-        plan = tqdm(keys, "planning", delay=5, disable=not accelerator.is_main_process)
-        met = Counter(samples.place(key)[1:] for key in plan)
-        variants = {variant for variant, _ in met}
-        # An entry that is met less than twice costs more than it spares, unless the next run will meet it again.
-        again = args.center_crop and len(variants) <= SMALL_SET
-        if met.total() < 2 * len(variants) and not again:
-            models.idle = [model for model in frozen if model is not models.vae]
-            variants = set()
-        for _, caption in met if models.text_encoders[0] in frozen else ():
-            ids = [tokenizer(caption, **PADDED).input_ids for tokenizer in models.tokenizers]
-            name = digest(*prompts_setting, ids)
-            samples.cached[caption] = cache_folder(args) / "prompts" / name
-        for variant in variants:
-            name = digest(*latents_setting, samples.records[variant[0]]["digest"], *variant[1:])
-            samples.cached[variant] = cache_folder(args) / "latents" / name
-        jobs.update({file: (file, samples, what) for what, file in samples.cached.items()})
-    jobs = [jobs[file] for file in sorted(jobs)]
-    # Machines need not share a disk, so each fills its own.
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    with accelerator.autocast():
-        for first in tqdm(range(0, len(jobs), ranks_here), "caching", disable=not accelerator.is_main_process):
-            mine = first + accelerator.local_process_index
-            job = jobs[mine] if mine < len(jobs) else ()
-            agree(cache_folder(args), bool(job), fill_entry, models, *job)
-            stop.exit_if_asked()
-    size = sum(file.stat().st_size for file, *_ in jobs) / 2**30
-    why = "" if models.vae in models.idle else "; latents are not cached, as the run meets most crops just once"
-    accelerator.print(f"cache      {size:.3f} GiB in {cache_folder(args)}{why}")
-    for model in models.idle:
-        model.to("cpu")
-    torch.cuda.empty_cache()
-
-
-def encode_batch(models, batch):
-    """Returns a batch's latents (bsz, 4, h, w), embeddings (bsz, tokens, dim) and, for SDXL, added_cond_kwargs."""
-    if "mean" not in batch:
-        batch = batch | encode_pixels(models.vae, batch["pixel_values"])
-    if "encoder_hidden_states" not in batch:
-        batch = batch | encode_prompts(models, batch["caption"])
-    # Every step draws anew from the posterior, also where its mean and std are cached.
-    latents = (batch["mean"] + batch["std"] * batch["posterior_noise"]) * models.vae.config.scaling_factor
-    return latents, batch["encoder_hidden_states"], {name: batch.get(name) for name in ("text_embeds", "time_ids")}
-
-
-# Objective
+    if noise_scheduler.config.prediction_type == "epsilon":
+        return noise
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        return noise_scheduler.get_velocity(clean, noise, timesteps)
+    return clean
 
 
 def snr_weights(noise_scheduler, timesteps, snr_gamma):
@@ -821,48 +1458,47 @@ def snr_weights(noise_scheduler, timesteps, snr_gamma):
     return snr.clamp(max=snr_gamma) / divisor
 
 
-def compute_loss(models, batch, args):
-    """Returns the "loss" of a batch, the mean over its samples: of their noise in the batch, and of nothing else."""
-    latents, encoder_hidden_states, added_cond_kwargs = encode_batch(models, batch)
-    timesteps, noise, noise_scheduler = batch["timesteps"], batch["noise"], models.noise_scheduler
-    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
-    velocity = noise_scheduler.get_velocity(latents, noise, timesteps)
-    targets = {"epsilon": noise, "v_prediction": velocity, "sample": latents}
-    target = targets[noise_scheduler.config.prediction_type]
-    unet = functools.partial(models.unet, added_cond_kwargs=added_cond_kwargs)
-    model_pred = unet(noisy_latents, timesteps, encoder_hidden_states).sample
-    loss = F.mse_loss(model_pred.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
-    return {"loss": (loss * snr_weights(noise_scheduler, timesteps, args.snr_gamma)).mean()}
+# The average of the weights
 
 
-# Validation
-
-
-def picture_prompts(args):
-    """Returns the prompts of the validation pictures, one each."""
-    return [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
-
-
-def sample_picture(args, models, prompt, generator):
-    """Draws a validation picture."""
-    settings = {"height": args.resolution, "width": args.resolution, "num_inference_steps": VALIDATION_STEPS}
-    return models.pipeline(prompt, generator=generator, **settings).images[0]
+def update_average(run, models):
+    """Moves the average of the weights, if there is one, towards them after an optimizer step."""
+    if models.ema_unet is not None:
+        models.ema_unet.to(run.accelerator.device)
+        models.ema_unet.step(models.params_to_optimize)
+        models.ema_unet.to("cpu" if run.args.offload_ema else run.accelerator.device)
 
 
 @contextlib.contextmanager
-def weights_to_save(models):
-    """Leaves the weights as they are: there is no average of them."""
-    yield
+def averaged_weights(models):
+    """Swaps the averaged weights in, if there are any, and the training ones back afterwards."""
+    if models.ema_unet is not None:
+        models.ema_unet.store(models.params_to_optimize)
+        models.ema_unet.copy_to(models.params_to_optimize)
+    try:
+        yield
+    finally:
+        if models.ema_unet is not None:
+            models.ema_unet.restore(models.params_to_optimize)
 
 
-def after_step(accelerator, args, models, state):
-    """Writes a copy of the vectors every --save_steps optimizer steps."""
-    if args.save_steps == 0 or state.optimizer_steps % args.save_steps:
-        return
-    for name, embeds in learned_embeds(models).items():
-        if all(rows.isfinite().all() for rows in embeds.values()):
-            path = Path(args.output_dir, f"{name}-steps-{state.optimizer_steps}.safetensors")
-            agree(args.output_dir, accelerator.is_main_process, replace_file, path, save(embeds))
+def load_average(models, folder):
+    """Reads a checkpoint's average of the weights, if there is one."""
+    if models.ema_unet is not None:
+        saved = EMAModel.from_pretrained(folder / "unet_ema", type(models.pipeline.unet))
+        models.ema_unet.optimization_step = saved.optimization_step
+        for shadow, parameter in zip(models.ema_unet.shadow_params, saved.shadow_params):
+            shadow.copy_(parameter)
+
+
+# Validation and logging
+
+
+def steps_to_validate(run, data):
+    """The steps after which there is a validation: none if there is nothing to measure or to draw."""
+    if not picture_prompts(run.args) and not len(data.held_out):
+        return set()
+    return {*range(0, run.max_train_steps, run.validation_steps), run.max_train_steps}
 
 
 def validation_keys(held_out):
@@ -871,73 +1507,114 @@ def validation_keys(held_out):
 
 
 @torch.no_grad()
-def log_validation(accelerator, args, models, held_out, state, stop):
+def validate(run, models, data):
     """Logs the held-out loss and a row of pictures; ranks take turns at both."""
     for model in (*models.idle, *models.trained):
-        model.to(accelerator.device).eval()
-    models.pipeline.set_progress_bar_config(disable=True)
-    turns = slice(accelerator.process_index, None, accelerator.num_processes)
-    prompts = list(enumerate(picture_prompts(args)))
-    losses, images = [], []
-    with weights_to_save(models), accelerator.autocast():
-        for key in validation_keys(held_out)[turns]:
-            if stop.signum:
-                break
-            batch = send_to_device(torch.utils.data.default_collate([held_out[key]]), accelerator.device)
-            losses.append(compute_loss(models, batch, args)["loss"].item())
-        for i, prompt in tqdm(prompts[turns], "sampling", leave=False, disable=not accelerator.is_main_process):
-            if stop.signum:
-                break
-            images.append((i, sample_picture(args, models, prompt, torch.Generator().manual_seed(i))))
+        model.to(run.accelerator.device).eval()
+    with averaged_weights(models), run.accelerator.autocast():
+        losses = held_out_losses(run, models, data.held_out)
+        images = validation_pictures(run, models)
     for model in models.trained:
         model.train()
     for model in models.idle:
         model.to("cpu")
-    losses = gather_object(losses)
-    if losses and len(losses) == len(validation_keys(held_out)):
-        log_row(accelerator, args, {"step": state.global_step, "validation_loss": math.fsum(losses) / len(losses)})
-    images = [image for _, image in sorted(gather_object(images), key=lambda pair: pair[0])]
-    if accelerator.is_main_process and images and len(images) == len(prompts):
-        grid = Path(args.output_dir, "samples", f"step-{state.global_step:06d}.png")
-        make_image_grid(images, 1, len(images)).save(grid)
-        for tracker in accelerator.trackers:
-            if hasattr(tracker, "log_images"):
-                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"validation": np.stack(images)}, step=state.global_step, **layout)
+    losses, images = gather_object(losses), sorted(gather_object(images), key=lambda pair: pair[0])
+    if losses and len(losses) == len(validation_keys(data.held_out)):  # else a signal came between
+        log_row(run, {"step": run.global_step, "validation_loss": math.fsum(losses) / len(losses)})
+    if images and len(images) == len(picture_prompts(run.args)) and run.accelerator.is_main_process:
+        log_pictures(run, [image for _, image in images])
 
 
-def log_row(accelerator, args, row):
+def held_out_losses(run, models, held_out):
+    """Measures this rank's share of the held-out pictures."""
+    losses = []
+    for key in validation_keys(held_out)[run.accelerator.process_index :: run.accelerator.num_processes]:
+        if not run.stop.signum:
+            batch = send_to_device(torch.utils.data.default_collate([held_out[key]]), run.accelerator.device)
+            losses.append(compute_loss(models, batch, run.args)["loss"].item())
+    return losses
+
+
+def validation_pictures(run, models):
+    """Generates this rank's share of the validation pictures: pairs of a prompt's place and its picture."""
+    main_process, images = run.accelerator.is_main_process, []
+    models.pipeline.set_progress_bar_config(disable=True)
+    prompts = list(enumerate(picture_prompts(run.args)))
+    mine = prompts[run.accelerator.process_index :: run.accelerator.num_processes]
+    for i, prompt in tqdm(mine, "sampling", leave=False, disable=not main_process):
+        if not run.stop.signum:
+            images.append((i, sample_picture(run, models, prompt, torch.Generator().manual_seed(i))))
+    return images
+
+
+def log_pictures(run, images):
+    """Writes a row of pictures to samples/ and sends them to the trackers."""
+    grid = Path(run.args.output_dir, "samples", f"step-{run.global_step:06d}.png")
+    make_image_grid(images, 1, len(images)).save(grid)
+    for tracker in run.accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"validation": np.stack(images)}, step=run.global_step, **layout)
+
+
+def log_row(run, row):
     """Appends a row of numbers to metrics.jsonl and sends it to the trackers."""
-    if accelerator.is_main_process:
-        with open(Path(args.output_dir, args.logging_dir, "metrics.jsonl"), "a") as metrics:
+    if run.accelerator.is_main_process:
+        with open(Path(run.args.output_dir, run.args.logging_dir, "metrics.jsonl"), "a") as metrics:
             metrics.write(json.dumps(row) + "\n")
-    accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+    run.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
 
 
-def log_steps(accelerator, args, samples, progress_bar, unread, keep):
+class FinishedStep:
+    """What is logged of a step. Its numbers, means over the ranks, stay on the device until they are read."""
+
+    def __init__(self, run, row, keys, losses, grad_norm, skipped):
+        self.row, self.keys, self.names = row, keys, [*losses, "grad_norm", "skipped", "asked_to_stop"]
+        loss = losses["loss"]
+        # Filled on the device: a number copied to it would make it wait.
+        flags = [torch.full_like(loss, float(flag)) for flag in (skipped, run.stop.signum > 0)]
+        numbers = torch.stack([*losses.values(), torch.as_tensor(grad_norm).to(loss), *flags])
+        self.numbers = run.accelerator.reduce(numbers, "mean")
+
+    def read(self):
+        """Waits for the numbers; returns them by their names."""
+        return dict(zip(self.names, self.numbers.tolist()))
+
+
+def log_steps(run, data, progress_bar, unread, keep):
     """Logs finished steps until only keep are unread; returns whether any rank was asked to stop.
 
     A loss that is not finite ends the run.
     """
     asked_to_stop = False
     while len(unread) > keep:
-        row, keys, names, numbers = unread.pop(0)
-        *losses, row["grad_norm"], skipped, asked = numbers.tolist()  # waits for the device
-        row.update(zip(names, losses))
+        step = unread.pop(0)
+        numbers = step.read()
+        skipped = numbers.pop("skipped")
+        asked_to_stop |= numbers.pop("asked_to_stop") > 0
+        row = step.row | numbers
         if not skipped and not math.isfinite(row["loss"] + row["grad_norm"]):
-            names = "\n  ".join(sorted({samples.records[index]["name"] for _, index in keys}))
+            files = "\n  ".join(sorted({data.samples.records[index]["name"] for _, index in step.keys}))
             raise SystemExit(
                 f"Step {row['step']} has loss {row['loss']} and gradient norm {row['grad_norm']}, so the run "
-                f"stops; earlier checkpoints are good. Lower the learning rate, or look at its pictures:\n  {names}"
+                f"stops; earlier checkpoints are good. Lower the learning rate, or look at its pictures:\n  {files}"
             )
-        log_row(accelerator, args, row)
+        log_row(run, row)
         progress_bar.update()
         progress_bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_second']:.1f} images/s")
-        asked_to_stop |= asked > 0
     return asked_to_stop
 
 
-# Checkpoints and stopping
+def peak_memory(accelerator):
+    """Peak memory of the GPU since the last call, or the process's memory now on a CPU, in GiB."""
+    if accelerator.device.type != "cuda":
+        return psutil.Process().memory_info().rss / 2**30
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
+# Stopping
 
 
 class StopFlag:
@@ -969,14 +1646,15 @@ def ignore_signals(worker):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def agree(folder, here, function, *arguments):
-    """Calls a function that may write to a folder where here is true; returns rank 0's result on every rank.
+def together(function, *arguments, on, folder):
+    """Calls a function on the ranks where on is true; returns rank 0's result on every rank.
 
     If it fails on one rank, all end, and hear of it here before any waits in a barrier for the one that failed.
+    folder: where it writes, for the message of a full disk.
     """
     result, problem = None, None
     try:
-        result = function(*arguments) if here else None
+        result = function(*arguments) if on else None
     except SystemExit as refusal:
         problem = str(refusal)
     except torch.cuda.OutOfMemoryError as error:
@@ -993,26 +1671,31 @@ def agree(folder, here, function, *arguments):
     return answers[0][0]
 
 
-def save_weights(models, folder):
-    """Writes a checkpoint's vectors as load_textual_inversion takes them."""
-    for name, embeds in learned_embeds(models).items():
-        replace_file(Path(folder, f"{name}.safetensors"), save(embeds))
+def on_main_process(run, function, *arguments):
+    """Calls a function that may write to the output folder on rank 0; returns its result on every rank."""
+    return together(function, *arguments, on=run.accelerator.is_main_process, folder=run.args.output_dir)
 
 
-@torch.no_grad()
-def load_weights(models, folder):
-    """Reads a checkpoint's vectors into those that are being trained."""
-    for name, rows in zip(learned_embeds(models), models.params_to_optimize):
-        rows.copy_(load_file(folder / f"{name}.safetensors")[models.placeholder_token])
+# Checkpoints
 
 
-def write_checkpoint(accelerator, args, models, state, folder):
+def write_checkpoint(run, models, folder):
     """Writes what a checkpoint holds: the models, the optimizer's state, the metrics so far, the run's state."""
-    accelerator.save_state(folder)
-    if accelerator.is_main_process:
+    run.accelerator.save_state(folder)  # without the models: see make_accelerator
+    if run.accelerator.is_main_process:
         save_weights(models, folder)
-        shutil.copy(Path(args.output_dir, args.logging_dir, "metrics.jsonl"), folder)
-        (folder / "state.json").write_text(json.dumps(vars(state)))
+        if models.ema_unet is not None:
+            models.ema_unet.save_pretrained(folder / "unet_ema")
+        shutil.copy(Path(run.args.output_dir, run.args.logging_dir, "metrics.jsonl"), folder)
+        state = {
+            "global_step": run.global_step,
+            "optimizer_steps": run.optimizer_steps,
+            "seed": run.seed,
+            "tracker_id": run.tracker_id,
+            "identity": run.identity,
+            "settings": run.settings(),
+        }
+        (folder / "state.json").write_text(json.dumps(state))
 
 
 def numbered_checkpoints(output_dir):
@@ -1054,16 +1737,16 @@ def seal_checkpoint(folder, target, limit):
         shutil.rmtree(path)
 
 
-def save_checkpoint(accelerator, args, models, state):
+def save_checkpoint(run, models):
     """Writes checkpoint-<global_step> beside its place and renames it, so that it is whole or not there."""
-    target = Path(args.output_dir, f"checkpoint-{state.global_step}")
-    folder = Path(args.output_dir, f".checkpoint-{state.global_step}.tmp")
-    main_process = accelerator.is_main_process
+    output_dir, main_process = run.args.output_dir, run.accelerator.is_main_process
+    target = Path(output_dir, f"checkpoint-{run.global_step}")
+    folder = Path(output_dir, f".checkpoint-{run.global_step}.tmp")
     # DeepSpeed's ranks each hold a part of the optimizer's state; otherwise one has it all.
-    writes = main_process or accelerator.distributed_type == DistributedType.DEEPSPEED
+    writes = main_process or run.accelerator.distributed_type == DistributedType.DEEPSPEED
     try:
-        agree(args.output_dir, writes, write_checkpoint, accelerator, args, models, state, folder)
-        agree(args.output_dir, main_process, seal_checkpoint, folder, target, args.checkpoints_total_limit)
+        together(write_checkpoint, run, models, folder, on=writes, folder=output_dir)
+        on_main_process(run, seal_checkpoint, folder, target, run.args.checkpoints_total_limit)
     finally:
         if main_process:
             shutil.rmtree(folder, ignore_errors=True)
@@ -1096,123 +1779,108 @@ def find_checkpoint(args):
         return path
 
 
-def begin_run(accelerator, args):
-    """Returns the checkpoint to resume from, or None, and the run's state: seed, steps done, tracker id."""
-    checkpoint = agree(args.output_dir, accelerator.is_main_process, find_checkpoint, args)
+def begin_run(args, accelerator, stop):
+    """Returns the run, at its start or where a checkpoint left it, and that checkpoint with the settings it had."""
+    main_process, output_dir = accelerator.is_main_process, args.output_dir
+    checkpoint = together(find_checkpoint, args, on=main_process, folder=output_dir)
     if checkpoint is None:
-        drawn = agree(args.output_dir, True, os.urandom, 4).hex()
-        seed = int(drawn, 16) if args.seed is None else args.seed
-        return None, SimpleNamespace(global_step=0, optimizer_steps=0, seed=seed, tracker_id=drawn)
-    text = agree(args.output_dir, accelerator.is_main_process, (checkpoint / "state.json").read_text)
-    state = SimpleNamespace(**json.loads(text))
-    if args.seed not in (None, state.seed):
-        raise SystemExit(f"{checkpoint} was trained with --seed {state.seed}, so it cannot go on with {args.seed}.")
+        tracker_id = together(os.urandom, 4, on=main_process, folder=output_dir).hex()
+        seed = int(tracker_id, 16) if args.seed is None else args.seed
+        return Run(args, accelerator, stop, seed, tracker_id), None, {}
+    text = together((checkpoint / "state.json").read_text, on=main_process, folder=output_dir)
+    state = json.loads(text)
+    settings = state.pop("settings")
+    if args.seed not in (None, state["seed"]):
+        raise SystemExit(f"{checkpoint} was trained with --seed {state['seed']}, so it cannot go on with {args.seed}.")
     accelerator.print(f"Resuming from {checkpoint}.")
-    return checkpoint, state
+    return Run(args, accelerator, stop, **state), checkpoint, settings
 
 
-def check_resumed(accelerator, args, state, identity):
-    """Refuses to go on with another script, base model or data set; lists other flags that have changed."""
-    for what, now in identity.items():
-        if getattr(state, "identity", identity)[what] != now:
+def check_identity(run, models, records):
+    """Refuses to go on with another script, base model or data set; notes what they are now."""
+    now = {
+        "script": Path(__file__).stem,
+        **identity(run, models),
+        "data set": digest([(record["digest"], record["captions"]) for record in records]),
+        "prediction type": models.noise_scheduler.config.prediction_type,
+        "noise schedule": digest(models.noise_scheduler.alphas_cumprod.numpy()),
+        "--use_8bit_adam": run.args.use_8bit_adam,
+    }
+    for what in now:
+        if run.identity and run.identity.get(what) != now[what]:
             raise SystemExit(f"The checkpoint was trained with another {what}: use the same, or start a new run.")
-    for name, before in getattr(state, "args", {}).items():
-        if name != "seed" and getattr(args, name, before) != before:
-            accelerator.print(f"  --{name} was {before} and is now {getattr(args, name)}")
-    args.seed, state.identity = state.seed, identity
-    state.args = {name: value for name, value in vars(args).items() if name not in UNSAVED}
+    run.identity = now
 
 
-def load_checkpoint(accelerator, models, optimizer, checkpoint):
+def list_changes(run, settings):
+    """Says which flags, and what the run made of them, are not as they were in the run that it resumes."""
+    for name, now in run.settings().items():
+        if settings.get(name, now) != now:
+            run.accelerator.print(f"  --{name} was {settings[name]} and is now {now}")
+
+
+def load_checkpoint(run, models, optimizer, checkpoint):
     """Brings models and optimizer to where the checkpoint left them; given flags win over the checkpoint's."""
     flags = "lr betas eps weight_decay fused beta3 decouple use_bias_correction safeguard_warmup".split()
     given = [{name: group[name] for name in flags if name in group} for group in optimizer.param_groups]
     load_weights(models, checkpoint)
-    accelerator.load_state(checkpoint)
+    load_average(models, checkpoint)
+    run.accelerator.load_state(checkpoint)
     for group, settings in zip(optimizer.param_groups, given):
         group.update(settings, initial_lr=settings["lr"])
 
 
-# Publishing
+# The result, its card and the Hub
 
 
-def save_model(args, models):
-    """Writes the vectors and, if --save_as_full_pipeline asks for it, the base model with them."""
-    save_weights(models, args.output_dir)
-    embeds = learned_embeds(models).values()
-    if len(embeds) > 1:  # both in one file, under the names that other programs know
-        both = {name: embed[models.placeholder_token] for name, embed in zip(("clip_l", "clip_g"), embeds)}
-        replace_file(Path(args.output_dir, "learned_embeds_xl.safetensors"), save(both))
-    if args.save_as_full_pipeline:
-        pipeline = load_pipeline(args)  # anew, as the UNet that was trained with may be in half precision
-        for name, embed in zip(TEXT_ENCODERS, embeds):
-            tokenizer = pipeline.components[name.replace("text_encoder", "tokenizer")]
-            text_encoder = pipeline.components[name]
-            pipeline.load_textual_inversion(embed, tokenizer=tokenizer, text_encoder=text_encoder)
-        pipeline.save_pretrained(args.output_dir)
+def save_result(run, models):
+    """Writes the result, of the averaged weights if there are any."""
+    with averaged_weights(models):
+        save_model(run, models)
 
 
-def base_code(args, models, name):
-    """Returns the lines that load the base model as it was trained on, for a result of this name."""
-    base, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
-    if not Path(name).is_absolute():  # what may be published names no path of this machine
-        base, vae = (Path(path).resolve().name if path and Path(path).exists() else path for path in (base, vae))
-    pipeline, scheduler = type(models.pipeline).__name__, models.pipeline.scheduler
-    single_file = base.endswith(".safetensors")
-    opened = "from_single_file" if single_file else "from_pretrained"
-    code = f"import diffusers\n\npipeline = diffusers.{pipeline}.{opened}({base!r})\n"
-    if vae:
-        code += f"pipeline.vae = diffusers.AutoencoderKL.from_pretrained({vae!r})\n"
-    if args.prediction_type or args.rescale_betas_zero_snr or single_file:  # otherwise it samples as the base does
-        names = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing")
-        settings = {name: scheduler.config[name] for name in names if name in scheduler.config}
-        code += f"config = pipeline.scheduler.config | {settings}\n"
-        code += f"pipeline.scheduler = diffusers.{type(scheduler).__name__}.from_config(config)\n"
-    return code
-
-
-def loading_code(args, models, name):
-    """Returns the lines that load the result by its name and make a picture."""
-    load = f"pipeline.load_textual_inversion({name!r})\n"
-    if len(models.text_encoders) > 1:
-        load = "".join(
-            f"pipeline.load_textual_inversion({name!r}, weight_name='learned_embeds{which}.safetensors', "
-            f"text_encoder=pipeline.text_encoder{which}, tokenizer=pipeline.tokenizer{which})\n"
-            for which in ("", "_2")
-        )
-    whole = f"import diffusers\n\npipeline = diffusers.DiffusionPipeline.from_pretrained({name!r})\n"
-    return (
-        f"{whole if args.save_as_full_pipeline else base_code(args, models, name) + load}"
-        f"prompt = {(args.validation_prompt or f'a {args.placeholder_token}')!r}\n"
-        f"pipeline(prompt, height={args.resolution}, width={args.resolution}).images[0].save('picture.png')"
-    )
-
-
-def write_model_card(args, models, state, repo_id):
-    """Writes README.md: base, data, settings, loss curve, sample grid, and how to load the result."""
-    metrics = Path(args.output_dir, args.logging_dir, "metrics.jsonl").read_text().splitlines()
-    losses = [row["loss"] for row in map(json.loads, metrics) if "loss" in row]
-    held_out = [row for row in map(json.loads, metrics) if "validation_loss" in row]
+def loss_curve(losses):
+    """Returns the means of up to 60 parts of a run's losses, and a line of blocks that draws them."""
     points = np.array([np.mean(part) for part in np.array_split(losses, min(60, len(losses)))])
-    curve = "".join("▁▂▃▄▅▆▇█"[int(height)] for height in 7 * (points - points.min()) / max(np.ptp(points), 1e-12))
-    # Paths of this machine stay out of what may be published.
-    given = args.pretrained_model_name_or_path, vars(args).get("dataset_name")
-    base, data = (None if not name or Path(name).exists() else name for name in given)
-    header = ModelCardData(base_model=base, datasets=data, library_name="diffusers", **CARD).to_yaml()
+    heights = 7 * (points - points.min()) / max(np.ptp(points), 1e-12)
+    return points, "".join("▁▂▃▄▅▆▇█"[int(height)] for height in heights)
+
+
+def name_without_path(path):
+    """Returns the name of a model or data set for others to read: None for what lies on this machine."""
+    return None if not path or Path(path).exists() else path
+
+
+def settings_table(settings):
+    """Returns the settings that are numbers or words of interest as a Markdown table; what is off is left out."""
     words = ("lr_scheduler", "mixed_precision", "prediction_type")
-    shown = {n: v for n, v in state.args.items() if isinstance(v, (int, float)) or n in words}
-    settings = {n: v for n, v in shown.items() if v is not None and v is not False}
-    base = base or (Path(given[0]).resolve().name if given[0] else "A new model")
-    grid = f"samples/step-{state.global_step:06d}.png"
-    card = [f"---\n{header}\n---\n\n# {repo_id}"]
-    card += [f"{base}, trained on {data or 'local pictures'}."]
-    card += ["The base model's licence applies."] if given[0] else []
-    card += ["## Load it", f"```python\n{loading_code(args, models, repo_id)}\n```", "## Training"]
+    shown = {name: value for name, value in settings.items() if isinstance(value, (int, float)) or name in words}
+    rows = [f"| {name} | {value} |" for name, value in shown.items() if value is not None and value is not False]
+    return "\n".join(["| setting | value |", "|---|---|", *rows])
+
+
+def write_model_card(run, models, repo_id):
+    """Writes README.md: base, data, settings, loss curve, sample grid, and how to load the result."""
+    args, given = run.args, run.args.pretrained_model_name_or_path
+    lines = Path(args.output_dir, args.logging_dir, "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    points, curve = loss_curve([row["loss"] for row in rows if "loss" in row])
+    base, data = name_without_path(given), name_without_path(vars(args).get("dataset_name"))
+    header = ModelCardData(base_model=base, datasets=data, library_name="diffusers", **CARD)
+    shown_base = base or (Path(given).resolve().name if given else "A new model")
+    card = [f"---\n{header.to_yaml()}\n---", f"# {repo_id}", f"{shown_base}, trained on {data or 'local pictures'}."]
+    if given:
+        card.append("The base model's licence applies.")
+    card += ["## Load it", f"```python\n{loading_code(run, models, repo_id)}\n```", "## Training"]
+    grid = f"samples/step-{run.global_step:06d}.png"
     if Path(args.output_dir, grid).exists():
-        card += [f"![samples]({grid})", *(f"- {prompt}" for prompt in dict.fromkeys(picture_prompts(args)) if prompt)]
-    card += [f"{state.global_step} steps. Loss from {points[0]:.4f} to {points[-1]:.4f}: `{curve}`"]
-    card += [f"Held-out loss at step {row['step']}: {row['validation_loss']:.4f}" for row in held_out]
-    card += ["| setting | value |\n|---|---|" + "".join(f"\n| {n} | {v} |" for n, v in settings.items()) + "\n"]
+        card.append(f"![samples]({grid})")
+        card += [f"- {prompt}" for prompt in dict.fromkeys(picture_prompts(args)) if prompt]
+    card.append(f"{run.global_step} steps. Loss from {points[0]:.4f} to {points[-1]:.4f}: `{curve}`")
+    for row in rows:
+        if "validation_loss" in row:
+            card.append(f"Held-out loss at step {row['step']}: {row['validation_loss']:.4f}")
+    card.append(settings_table(run.settings()) + "\n")
     replace_file(Path(args.output_dir, "README.md"), "\n\n".join(card).encode())
 
 
@@ -1238,11 +1906,17 @@ def open_repository(args):
 
 def publish(args, repo_id):
     """Uploads the result."""
-    folder = {"folder_path": args.output_dir, "allow_patterns": PUBLISHED}
-    with_retries(upload_folder, args, repo_id, commit_message="End of training", **folder)
+    with_retries(
+        upload_folder,
+        args,
+        repo_id,
+        folder_path=args.output_dir,
+        allow_patterns=PUBLISHED,
+        commit_message="End of training",
+    )
 
 
-# Training
+# The stages of a run
 
 
 def make_accelerator(args):
@@ -1271,98 +1945,129 @@ def make_accelerator(args):
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    args.mixed_precision = accelerator.mixed_precision  # the launcher may have set it
     return accelerator
 
 
-def total_batch_size(accelerator, args):
-    """Pictures in an optimizer step, over all processes."""
-    return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-
-
-def prepare_unet(accelerator, args, unet):
+def prepare_unet(run, unet):
     """Brings the UNet to the device, with the layout, attention and checkpointing that it will use."""
+    args = run.args
     # bitsandbytes makes the weights contiguous as it steps, so a resumed run would start in another layout.
-    unet.to(accelerator.device, memory_format=torch.contiguous_format if args.use_8bit_adam else torch.channels_last)
+    layout = torch.contiguous_format if args.use_8bit_adam else torch.channels_last
+    unet.to(run.accelerator.device, memory_format=layout)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
         try:
             unet.enable_xformers_memory_efficient_attention()
         except Exception as error:  # it is missing, built for another torch, or there is no GPU
-            accelerator.print(f"xformers cannot be used ({error}), so PyTorch's own attention is.")
+            run.accelerator.print(f"xformers cannot be used ({error}), so PyTorch's own attention is.")
 
 
-def make_optimizer(accelerator, args, groups):
+def make_optimizer(run, groups):
     """Builds AdamW for groups of "params" and their "lr", scaled by the total batch size if --scale_lr says so."""
-    settings = {"weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
-    settings["betas"] = (args.adam_beta1, args.adam_beta2)
+    args, accelerator = run.args, run.accelerator
     for group in groups:
-        group["lr"] *= total_batch_size(accelerator, args) if args.scale_lr else 1
+        group["lr"] *= run.total_batch_size if args.scale_lr else 1
     if accelerator.distributed_type == DistributedType.DEEPSPEED:  # no prepared dataloader tells it these
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
         config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
         config["gradient_clipping"] = args.max_grad_norm
+    betas, eps, weight_decay = (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.adam_weight_decay
     if args.use_8bit_adam:
-        return bitsandbytes.optim.AdamW8bit(groups, **settings)
+        return bitsandbytes.optim.AdamW8bit(groups, betas=betas, eps=eps, weight_decay=weight_decay)
     # A fused step hides from accelerate that the scaler of fp16 skipped it.
-    return torch.optim.AdamW(groups, fused=accelerator.scaler is None, **settings)
+    fused = accelerator.scaler is None
+    return torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
 
 
-def prepare_training(accelerator, args, models):
-    """Brings the UNet, the text encoders and a new optimizer to the device; returns the optimizer."""
-    if len(models.text_encoders) > 1 and accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise SystemExit("DeepSpeed trains one model, and SDXL has two text encoders: take another launcher.")
-    # No weight of the UNet is trained or saved, so it is kept in the precision that it runs in.
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    prepare_unet(accelerator, args, models.unet.to(weight_dtype))
-    for text_encoder in models.text_encoders if args.gradient_checkpointing else ():
-        text_encoder.activation_checkpointing_enable()
-    groups = [{"params": models.params_to_optimize, "lr": args.learning_rate}]
-    optimizer = make_optimizer(accelerator, args, groups)
-    *models.trained, optimizer = accelerator.prepare(*models.text_encoders, optimizer)
-    models.text_encoders = models.trained
-    return optimizer
+def make_lr_scheduler(run, optimizer):
+    """Builds the schedule of the learning rate, which counts optimizer steps, at the step that the run is at."""
+    return get_scheduler(
+        run.args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=run.args.lr_warmup_steps,
+        num_training_steps=run.max_train_steps,
+        num_cycles=run.args.lr_num_cycles,
+        power=run.args.lr_power,
+        last_epoch=run.optimizer_steps - 1,
+    )
 
 
-def start_logging(accelerator, args, state, checkpoint):
-    """Starts metrics.jsonl, or takes the checkpoint's, and the trackers; writes train_args.yaml."""
-    output_dir, logging_dir = Path(args.output_dir), Path(args.output_dir, args.logging_dir)
-    if accelerator.is_main_process:
-        for torn in [*output_dir.glob(".*.tmp"), *logging_dir.glob(".*.tmp")]:  # a run was killed as it wrote
-            shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
-        if args.overwrite_output_dir and (output_dir / "train_args.yaml").exists():
-            results = [path for pattern in PUBLISHED for path in output_dir.glob(pattern)]
-            for path in numbered_checkpoints(output_dir) + results:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        (output_dir / "samples").mkdir(parents=True, exist_ok=True)
-        replace_file(logging_dir / "metrics.jsonl", (checkpoint / "metrics.jsonl").read_bytes() if checkpoint else b"")
-        libraries = ("torch", "diffusers", "transformers", "accelerate", "datasets", "bitsandbytes")
-        notes = "".join(f"# {library} {version(library)}\n" for library in libraries)
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):  # git is missing, or this is no checkout
-            git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-            notes += f"# commit {subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL)}"
-        replace_file(output_dir / "train_args.yaml", (notes + yaml.safe_dump(state.args, sort_keys=False)).encode())
+def plan_steps(run, sizes):
+    """Works out how many steps there are, of what batch, and between validations."""
+    args = run.args
+    run.total_batch_size = args.train_batch_size * args.gradient_accumulation_steps * run.accelerator.num_processes
+    run.steps_per_epoch = math.ceil(max(sizes[0] * args.repeats, sizes[1]) / run.total_batch_size)
+    run.max_train_steps = args.max_train_steps or args.num_train_epochs * run.steps_per_epoch
+    run.validation_steps = args.validation_steps or args.validation_epochs * run.steps_per_epoch
+
+
+def make_data(run, models, records, held_out_records, sizes):
+    """Builds the samples to train on and the held-out ones, whose draws are the same whatever the seed."""
+    shape, timesteps = models.sample_shape, models.noise_scheduler.config.num_train_timesteps
+    samples = Samples(run.args, records, run.seed, run.resolution, shape, timesteps)
+    held_out = Samples(run.args, held_out_records, 0, run.resolution, shape, timesteps)
+    return Data(run, samples, held_out, sizes)
+
+
+def clear_folder(run):
+    """Deletes what a killed run was writing, and what the run left that --overwrite_output_dir overwrites."""
+    output_dir, logging_dir = Path(run.args.output_dir), Path(run.args.output_dir, run.args.logging_dir)
+    for torn in [*output_dir.glob(".*.tmp"), *logging_dir.glob(".*.tmp")]:
+        shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
+    if run.args.overwrite_output_dir and (output_dir / "train_args.yaml").exists():
+        results = [path for pattern in PUBLISHED for path in output_dir.glob(pattern)]
+        for path in numbered_checkpoints(output_dir) + results:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def write_train_args(run):
+    """Writes train_args.yaml: the flags as given and, as comments, what the run made of them and with what."""
+    notes = [f"{library} {version(library)}" for library in ("torch", "diffusers", "transformers", "accelerate")]
+    notes += [f"{library} {version(library)}" for library in ("datasets", "bitsandbytes")]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # git is missing, or this is no checkout
+        git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+        notes.append(f"commit {subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip()}")
+    given = {name: value for name, value in vars(run.args).items() if name not in UNSAVED}
+    notes += [f"{name}: {value}" for name, value in run.settings().items() if given.get(name) != value]
+    text = "".join(f"# {note}\n" for note in notes) + yaml.safe_dump(given, sort_keys=False)
+    replace_file(Path(run.args.output_dir, "train_args.yaml"), text.encode())
+
+
+def prepare_folder(run, checkpoint):
+    """Makes the output folder ready: nothing left of others, the metrics so far, train_args.yaml."""
+    clear_folder(run)
+    Path(run.args.output_dir, "samples").mkdir(parents=True, exist_ok=True)
+    metrics = (checkpoint / "metrics.jsonl").read_bytes() if checkpoint else b""
+    replace_file(Path(run.args.output_dir, run.args.logging_dir, "metrics.jsonl"), metrics)
+    write_train_args(run)
+
+
+def start_trackers(run, checkpoint):
+    """Starts the trackers, or goes on with those of the checkpoint's run."""
+    args = run.args
     if args.hub_token:  # wandb keeps the command line
         sys.argv = [argument.replace(args.hub_token, "***") for argument in sys.argv]
-    config = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in state.args.items()}
-    wandb = {"id": state.tracker_id, "resume": "allow", "dir": str(logging_dir)}
-    tensorboard = {"purge_step": state.global_step + 1 if checkpoint else 0}  # hides what an earlier end logged later
-    accelerator.init_trackers(args.tracker_project_name, config, {"wandb": wandb, "tensorboard": tensorboard})
+    config = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in run.settings().items()}
+    wandb = {"id": run.tracker_id, "resume": "allow", "dir": str(Path(args.output_dir, args.logging_dir))}
+    tensorboard = {"purge_step": run.global_step + 1 if checkpoint else 0}  # hides what an earlier end logged later
+    run.accelerator.init_trackers(args.tracker_project_name, config, {"wandb": wandb, "tensorboard": tensorboard})
 
 
-def print_header(accelerator, args, models, samples, held_out, state):
+def print_header(run, models, data):
     """Says what the run will do and cost; refuses it if its first checkpoint cannot fit on the disk."""
+    args, accelerator = run.args, run.accelerator
     # Four bytes a weight, four more for its average, and AdamW's two moments of four bytes, or of one.
     bytes_a_weight = 4 + 4 * (models.ema_unet is not None) + (2 if args.use_8bit_adam else 8)
     needed = sum(parameter.numel() for parameter in models.params_to_optimize) * bytes_a_weight / 2**30
     free = shutil.disk_usage(args.output_dir).free / 2**30
     batch = f"{args.train_batch_size} x {accelerator.num_processes} processes x {args.gradient_accumulation_steps}"
+    pictures = f"{len(data.samples)} to train on, {len(data.held_out)} held out"
     accelerator.print(
-        f"pictures   {len(samples)} to train on, {len(held_out)} held out, {args.resolution} x {args.resolution}\n"
-        f"batch      {total_batch_size(accelerator, args)} = {batch} accumulated\n"
-        f"steps      {args.max_train_steps}, of which {state.global_step} are done; seed {state.seed}\n"
+        f"pictures   {pictures}, {run.resolution} x {run.resolution}\n"
+        f"batch      {run.total_batch_size} = {batch} accumulated\n"
+        f"steps      {run.max_train_steps}, of which {run.global_step} are done; seed {run.seed}\n"
         f"device     {accelerator.device}, precision {accelerator.mixed_precision}\n"
         f"disk       {needed:.2f} GiB a checkpoint, {free:.1f} GiB free"
     )
@@ -1370,166 +2075,61 @@ def print_header(accelerator, args, models, samples, held_out, state):
         raise SystemExit(f"A checkpoint needs {needed:.2f} GiB, and {args.output_dir} has {free:.2f} GiB free.")
 
 
-def peak_memory(accelerator):
-    """Peak memory of the GPU since the last call, or the process's memory now on a CPU, in GiB."""
-    if accelerator.device.type != "cuda":
-        return psutil.Process().memory_info().rss / 2**30
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    torch.cuda.reset_peak_memory_stats()
-    return peak
-
-
-def load_batches(accelerator, args, samples, keys_of, state):
-    """Yields this rank's batches of the steps that are left: its slice of a step's keys for each micro-step."""
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    batch_size = len(keys_of(0)) // (args.gradient_accumulation_steps * world_size)
-    batch_keys = (
-        keys_of(step)[(micro_step * world_size + rank) * batch_size :][:batch_size]
-        for step in range(state.global_step, args.max_train_steps)
-        for micro_step in range(args.gradient_accumulation_steps)
-    )
-    settings = {"num_workers": args.dataloader_num_workers, "worker_init_fn": ignore_signals}
-    pin_memory = accelerator.device.type == "cuda"
-    return iter(torch.utils.data.DataLoader(samples, batch_sampler=batch_keys, pin_memory=pin_memory, **settings))
-
-
-def train(accelerator, args, models, optimizer, lr_scheduler, samples, held_out, keys_of, state, stop):
-    """Takes the optimizer steps that are left, logging, validating and saving as asked; a signal ends it early.
-
-    keys_of(step) gives the (epoch, index) keys of the samples of an optimizer step, over all ranks and micro-steps.
-    """
-    batches = load_batches(accelerator, args, samples, keys_of, state)
-    validations = {*range(0, args.max_train_steps, args.validation_steps), args.max_train_steps}
-    if not picture_prompts(args) and not len(held_out):
-        validations = set()
-    if state.global_step in validations:  # step 0, or one due when the checkpoint was written, as saving comes first
-        log_validation(accelerator, args, models, held_out, state, stop)
-    bar = {"total": args.max_train_steps, "initial": state.global_step, "disable": not accelerator.is_main_process}
-    progress_bar = tqdm(desc="training", **bar)
-    for model in models.trained:
-        model.train()
-    unread = []  # finished steps: their row, their keys, and their numbers, which are still on the device
-    last_time = time.perf_counter()
-    for step in range(state.global_step, args.max_train_steps):
-        losses = Counter()
-        for micro_step in range(args.gradient_accumulation_steps):
-            # Only dropout inside the models draws from the global generator.
-            torch.manual_seed(int(digest(state.seed, step, micro_step, accelerator.process_index)[:8], 16))
-            batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
-            with accelerator.accumulate(*models.trained):
-                with accelerator.autocast():
-                    micro_losses = compute_loss(models, batch, args)
-                accelerator.backward(micro_losses["loss"])
-                for name, loss in micro_losses.items():
-                    losses[name] += loss.detach() / args.gradient_accumulation_steps
-                if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(models.params_to_optimize, args.max_grad_norm or math.inf)
-                optimizer.step()  # accelerate skips this, and the next, before the last micro-step
-                optimizer.zero_grad()
-        row = {"step": step + 1, "lr": lr_scheduler.get_last_lr()[0]}
-        skipped = accelerator.optimizer_step_was_skipped  # after an overflow that the scaler of fp16 handles
-        state.global_step = step + 1
-        if not skipped:
-            state.optimizer_steps += 1
-            lr_scheduler.step()
-            after_step(accelerator, args, models, state)
-        now = time.perf_counter()
-        row |= {"images_per_second": len(keys_of(step)) / (now - last_time), "memory_gib": peak_memory(accelerator)}
-        last_time = now
-        # As log_steps takes them apart. Filled on the device: a number copied to it would make it wait.
-        flags = [torch.full_like(losses["loss"], float(flag)) for flag in (skipped, stop.signum > 0)]
-        numbers = torch.stack([*losses.values(), torch.as_tensor(grad_norm).to(losses["loss"]), *flags])
-        unread.append((row, keys_of(step), list(losses), accelerator.reduce(numbers, "mean")))
-        validate = state.global_step in validations
-        save = args.checkpointing_steps and state.global_step % args.checkpointing_steps == 0
-        # Read one step late, so that the device always has work, or at once where something follows from the numbers.
-        read_now = validate or save or state.global_step == args.max_train_steps
-        asked_to_stop = log_steps(accelerator, args, samples, progress_bar, unread, 0 if read_now else 1)
-        if stop.signum and accelerator.num_processes == 1:  # no other rank has to hear of it first
-            asked_to_stop = True
-        if asked_to_stop:
-            log_steps(accelerator, args, samples, progress_bar, unread, 0)
-        # Saved before it is validated: a stop in a long validation then loses no step, and resuming validates again.
-        if save or asked_to_stop:
-            save_checkpoint(accelerator, args, models, state)
-            last_time = time.perf_counter()
-        if asked_to_stop:
-            accelerator.print(f"\nStopped after step {step + 1}, and saved: --resume_from_checkpoint latest goes on.")
-            stop.exit_if_asked()
-        if validate:
-            log_validation(accelerator, args, models, held_out, state, stop)
-            last_time = time.perf_counter()
-    progress_bar.close()
-
-
-def run(accelerator, args, stop):
+def execute(args, accelerator, stop):
     """The stages of a run, from the flags to what it leaves."""
-    checkpoint, state = begin_run(accelerator, args)
-    main_process, repo_id = accelerator.is_main_process, Path(args.output_dir).resolve().name
+    run, checkpoint, settings = begin_run(args, accelerator, stop)
+    repo_id = Path(args.output_dir).resolve().name
     if args.push_to_hub:
-        repo_id = agree(args.output_dir, main_process, open_repository, args)
+        repo_id = on_main_process(run, open_repository, args)
 
     # Data.
-    records = check_records(accelerator, args, read_records(args), stop)
-    records, held_out_records = split_records(args, records, state.seed)
-    total = total_batch_size(accelerator, args)
-    steps_per_epoch = math.ceil(len(records) * args.repeats / total)
-    args.max_train_steps = args.max_train_steps or (args.num_train_epochs or 0) * steps_per_epoch or 5000
-    keys_of = functools.partial(step_keys, total_batch_size=total, size=len(records), seed=state.seed)
+    records = check_records(run, read_records(args))
+    records, held_out_records = split_records(args, records, run.seed)
+    records_of_class = class_records(run)
+    sizes = len(records), len(records_of_class)
+    records = records + records_of_class
+    plan_steps(run, sizes)
 
     # Models.
-    models = load_models(args)
-    identity = {
-        "script": Path(__file__).stem,
-        "--placeholder_token": args.placeholder_token,
-        "--num_vectors": args.num_vectors,
-        "--learnable_property": args.learnable_property,
-        "base model": digest(models.vae_digest, models.text_digest, models.unet_digest),
-        "data set": digest([(record["digest"], record["captions"]) for record in records]),
-        "prediction type": models.noise_scheduler.config.prediction_type,
-        "noise schedule": digest(models.noise_scheduler.alphas_cumprod.numpy()),
-        "--use_8bit_adam": args.use_8bit_adam,
-    }
-    check_resumed(accelerator, args, state, identity)
-    args.validation_steps = args.validation_steps or (args.validation_epochs or 0) * steps_per_epoch or 100
+    torch.manual_seed(run.seed % 2**64)  # for weights that start at random
+    models = load_models(run)
+    list_changes(run, settings)
+    check_identity(run, models, records)
+    data = make_data(run, models, records, held_out_records, sizes)
+    on_main_process(run, prepare_folder, run, checkpoint)
+    together(start_trackers, run, checkpoint, on=True, folder=args.output_dir)
+    print_header(run, models, data)
 
     # What the frozen ones make of the data.
-    side = args.resolution // 2 ** (len(models.vae.config.block_out_channels) - 1)
-    settings = ((models.vae.config.latent_channels, side, side), models.noise_scheduler.config.num_train_timesteps)
-    samples, held_out = Samples(args, records, state.seed, *settings), Samples(args, held_out_records, 0, *settings)
-    keys = (key for step in range(state.global_step, args.max_train_steps) for key in keys_of(step))
-    visits = [(samples, keys), (held_out, 2 * validation_keys(held_out))]  # at least before and after
-    agree(args.output_dir, True, start_logging, accelerator, args, state, checkpoint)
-    print_header(accelerator, args, models, samples, held_out, state)
-    fill_cache(accelerator, args, models, visits, stop)
+    keys = (key for step in range(run.global_step, run.max_train_steps) for key in data.step_keys(step))
+    twice = 2 * validation_keys(data.held_out)  # before and after, at least
+    fill_cache(run, models, [(data.samples, keys), (data.held_out, twice)])
 
     # Training.
-    optimizer = prepare_training(accelerator, args, models)
+    optimizer = prepare_training(run, models)
     if checkpoint:
-        load_checkpoint(accelerator, models, optimizer, checkpoint)
-    steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
-    steps |= {"num_cycles": args.lr_num_cycles, "last_epoch": state.optimizer_steps - 1}
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps)
-    train(accelerator, args, models, optimizer, lr_scheduler, samples, held_out, keys_of, state, stop)
+        load_checkpoint(run, models, optimizer, checkpoint)
+    train(run, models, data, optimizer, make_lr_scheduler(run, optimizer))
 
     # What it leaves.
-    agree(args.output_dir, main_process, save_model, args, models)
-    agree(args.output_dir, main_process, write_model_card, args, models, state, repo_id)
-    output_dir = str(Path(args.output_dir).resolve())
-    accelerator.print(f"The result is in {args.output_dir}. To load it:\n\n{loading_code(args, models, output_dir)}\n")
+    on_main_process(run, save_result, run, models)
+    on_main_process(run, write_model_card, run, models, repo_id)
+    code = loading_code(run, models, str(Path(args.output_dir).resolve()))
+    accelerator.print(f"The result is in {args.output_dir}. To load it:\n\n{code}\n")
     stop.exit_if_asked()
-    agree(args.output_dir, main_process and args.push_to_hub, publish, args, repo_id)
+    if args.push_to_hub:
+        on_main_process(run, publish, args, repo_id)
 
 
 def main(args):
-    """Fine-tunes as the arguments say; exits with 128 + signal when told to stop."""
+    """Trains as the arguments say; exits with 128 + signal when told to stop."""
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     accelerator = make_accelerator(args)
     end = None
     try:
-        run(accelerator, args, StopFlag())
+        execute(args, accelerator, StopFlag())
     except SystemExit as caught:  # every rank ends so, and one says why
         end = SystemExit(caught.code if accelerator.is_main_process or isinstance(caught.code, int) else 1)
     except BaseException:
@@ -1541,6 +2141,9 @@ def main(args):
     accelerator.end_training()
     if end is not None:
         raise end
+
+
+# === End of engine ===
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ Two ways: on captioned pictures, or with --instance_prompt on a few pictures of 
 arXiv:2208.12242), whose defaults differ (see WAYS). The UNet, and with --train_text_encoder the text encoder too, keep
 their weights W and learn W + alpha / rank * B A. The result is a file that pipeline.load_lora_weights loads.
 
-Read the flags below, then from the imports to the first fence (`# === ... ===`): that is the method, and all of it.
-Skip what stands in fences: it is the same text in every script that has it. The loop is `train`, on top of the fence
-"Engine", whose first lines list all that the engine asks of a method.
+To read it, take the flags below, up to the first fence (`# === ... ===`), and the method, which stands between the
+imports and the fence "Stable Diffusion". Skip the fences: they are the same text in every script. The loop is train,
+the first function of the fence "Engine". The comment above it lists all that the engine asks of a method.
 
     accelerate launch train_lora.py --config configs/demo_lora.yaml
     accelerate launch train_lora.py --pretrained_model_name_or_path sd-legacy/stable-diffusion-v1-5 \\
@@ -40,6 +40,7 @@ import subprocess
 import sys
 import time
 import traceback
+import typing
 import zlib
 from collections import Counter
 from importlib.metadata import version
@@ -182,7 +183,7 @@ def add_stable_diffusion_flags(parser):
 
 
 def stable_diffusion_problems(args):
-    """Lists what can be wrong with those flags: (whether it is so, the sentence to say)."""
+    """Lists what can be wrong with those flags: (whether it is wrong, the sentence to say)."""
     base, config = args.pretrained_model_name_or_path, args.single_file_config
     vae = args.pretrained_vae_model_name_or_path
     single_file = base.endswith(".safetensors")
@@ -287,7 +288,7 @@ def class_records(run):
 
 def class_pictures(args):
     """Lists the pictures of --class_data_dir, --num_class_images at most."""
-    files = [file for file in list_files(args.class_data_dir) if file.suffix.lower() in PICTURES]
+    files = [file for file in list_files(args.class_data_dir) if file.suffix.lower() in PICTURE_SUFFIXES]
     records = [{"name": str(file), "rows": None, "captions": [args.class_prompt]} for file in files]
     return records[: args.num_class_images]
 
@@ -345,7 +346,7 @@ def fill_class_pictures(run):
 #   add_flags(parser)
 #       adds the flags that not every script has [nothing]
 #   check_flags(args) -> list
-#       what can be wrong with those: (whether it is so, the sentence to say) [[]]; it may fill in what is None
+#       what can be wrong with those: (whether it is wrong, the sentence to say) [[]]; it may fill in what is None
 
 
 def bounded(text, kind, low, high=math.inf):
@@ -478,7 +479,7 @@ def folder_problems(args, flag, folder):
 
 
 def common_problems(args):
-    """Lists what can be wrong with the flags that every script has: (whether it is so, the sentence to say)."""
+    """Lists what can be wrong with the flags that every script has: (whether it is wrong, the sentence to say)."""
     resume = args.resume_from_checkpoint
     resumable = resume in (None, "latest") or Path(resume).is_dir() or Path(args.output_dir, resume).is_dir()
     either_validation = "give --validation_steps or --validation_epochs, not both"
@@ -592,7 +593,7 @@ def read_records(args):
     else:
         records = read_folder(files, args.caption_column or "text")
     if not records:
-        raise SystemExit(f"{args.dataset_name or folder} holds no pictures {sorted(PICTURES)}.")
+        raise SystemExit(f"{args.dataset_name or folder} holds no pictures {sorted(PICTURE_SUFFIXES)}.")
     usual = caption_list(args.instance_prompt)
     return [{**record, "captions": caption_list(record["captions"]) or usual} for record in records]
 
@@ -605,16 +606,17 @@ def choose_caption(samples, key):
 def make_sample(samples, key):
     """Returns a sample: its picture and caption, as picture_and_caption has them, and the draws that its loss needs.
 
-    "noise" is a float32 array of the latents' shape (4, h, w), "offset_noise" is one of (4, 1, 1).
+    "timesteps" is an integer, "noise" a float32 array of the latents' shape (4, h, w), "offset_noise" is (4, 1, 1).
     """
-    example, shape = picture_and_caption(samples, key), samples.sample_shape
-    # Each draw has a stream of its own: what a flag turns off is not drawn, and shifts nothing.
-    example["timesteps"] = samples.draw(key, "timestep").integers(samples.num_train_timesteps)
-    example["noise"] = samples.draw(key, "noise").standard_normal(shape, dtype=np.float32)
+    shape = samples.sample_shape
+    sample = picture_and_caption(samples, key)
+    # Each kind of draw has a generator of its own: what a flag turns off is not drawn, and shifts nothing.
+    sample["timesteps"] = samples.rng(key, "timestep").integers(samples.num_train_timesteps)
+    sample["noise"] = samples.rng(key, "noise").standard_normal(shape, dtype=np.float32)
     if samples.args.noise_offset:
         offset_shape = (shape[0], 1, 1)
-        example["offset_noise"] = samples.draw(key, "offset noise").standard_normal(offset_shape, dtype=np.float32)
-    return example
+        sample["offset_noise"] = samples.rng(key, "offset noise").standard_normal(offset_shape, dtype=np.float32)
+    return sample
 
 
 # Models and objective
@@ -622,7 +624,8 @@ def make_sample(samples, key):
 
 def load_models(run):
     """Loads the base model and adds adapters to its UNet, and with --train_text_encoder to its text encoders."""
-    args, models = run.args, load_base(run)
+    args = run.args
+    models = load_base(run)
     way = "a subject" if args.instance_prompt else "captioned pictures"
     run.accelerator.print(f"way        {way}: " + ", ".join(f"{name} {getattr(args, name)}" for name in WAYS))
     models.unet_digest = weights_digest(models.unet)
@@ -716,9 +719,14 @@ def parameter_groups(args, models):
 
 
 def compute_loss(models, batch, args):
-    """Returns the "loss" of a batch, and with prior preservation the "instance_loss" and "prior_loss" it adds up."""
+    """Returns the "loss" of a batch, and with prior preservation the "instance_loss" and "prior_loss" it adds up.
+
+    It draws nothing: all noise is in the batch.
+    """
     latents, encoder_hidden_states, added_cond_kwargs = encode_batch(models, batch)
-    noise_scheduler, timesteps, noise = models.noise_scheduler, batch["timesteps"], batch["noise"]
+    noise_scheduler = models.noise_scheduler
+    timesteps = batch["timesteps"]
+    noise = batch["noise"]
     if args.noise_offset:
         noise = noise + args.noise_offset * batch["offset_noise"]
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
@@ -739,14 +747,14 @@ def after_step(run, models):
     """Nothing else follows an optimizer step."""
 
 
-# What is drawn and saved
+# What is generated and saved
 
 
 def sample_picture(run, models, prompt, generator):
-    """Draws a validation picture."""
+    """Generates a validation picture."""
     side = run.resolution
     images = models.pipeline(
-        prompt, height=side, width=side, num_inference_steps=VALIDATION_STEPS, generator=generator
+        prompt, height=side, width=side, num_inference_steps=SAMPLER_STEPS, generator=generator
     ).images
     return images[0]
 
@@ -887,11 +895,11 @@ def loading_code(run, models, name):
 #       the caption that a sample is trained under [draw_caption(samples, key)]
 
 
-VALIDATION_STEPS = 25  # of the sampler
-SMALL_SET = 10_000  # latents, of 131 kB at 512 x 512, that are kept even if this run meets each just once
+SAMPLER_STEPS = 25  # of a validation picture
+SMALL_SET = 10_000  # latents, of 131 kB at 512 x 512, that --center_crop keeps even if this run meets each just once
 PADDED = {"padding": "max_length", "truncation": True}  # UNets attend to the padding as well
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-# The families, by their pipelines, and what these are told beside where the files are.
+# The families by their pipelines, with further arguments of from_pretrained.
 PIPELINES = {
     "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
     "StableDiffusionXLPipeline": {"add_watermarker": False},
@@ -923,7 +931,7 @@ def read_folder(files, caption_column):
             captions |= read_metadata(metadata, caption_column)
     for file in files:
         beside = file.with_suffix(".txt")
-        if file.suffix.lower() in PICTURES and captions.setdefault(file) is None and beside.is_file():
+        if file.suffix.lower() in PICTURE_SUFFIXES and captions.setdefault(file) is None and beside.is_file():
             try:
                 captions[file] = beside.read_text(encoding="utf-8-sig")
             except ValueError as error:
@@ -939,10 +947,10 @@ def caption_list(captions):
 
 def draw_caption(samples, key, proportion_empty=0):
     """Draws one of a picture's captions, or the empty one for some of the samples."""
-    if proportion_empty and samples.draw(key, "empty caption").random() < proportion_empty:
+    if proportion_empty and samples.rng(key, "empty caption").random() < proportion_empty:
         return ""
     captions = samples.records[key[1]]["captions"]
-    return captions[samples.draw(key, "caption").integers(len(captions))] if len(captions) > 1 else captions[0]
+    return captions[samples.rng(key, "caption").integers(len(captions))] if len(captions) > 1 else captions[0]
 
 
 def picture_and_caption(samples, key):
@@ -952,21 +960,22 @@ def picture_and_caption(samples, key):
     and "std" of its latents if they are cached; "posterior_noise" of the latents' shape; and for SDXL "time_ids" (6,),
     in pixels: the file's height and width, the crop's top and left, the sample's height and width.
     """
-    crop, caption = samples.choose_crop(key), choose_caption(samples, key)
-    index, (width, _), (left, top), flip = crop
-    side = samples.resolution
-    # Of the picture as it was mirrored, since the crop shows its other side then (arXiv:2307.01952, section 2.2).
-    corner = (top, width - side - left if flip else left)
-    time_ids = np.array([*samples.records[index]["size"][::-1], *corner, side, side], dtype=np.float32)
-    example = {"caption": caption, "time_ids": time_ids}
-    example["posterior_noise"] = samples.draw(key, "posterior").standard_normal(samples.sample_shape, dtype=np.float32)
+    crop = samples.choose_crop(key)
+    caption = choose_caption(samples, key)
+    file_width, file_height = samples.records[crop.index]["size"]
+    side, left = samples.resolution, crop.left
+    if crop.flip:  # then the crop shows the other side of the mirrored picture (arXiv:2307.01952, section 2.2)
+        left = crop.width - side - left
+    time_ids = [file_height, file_width, crop.top, left, side, side]
+    sample = {"caption": caption, "time_ids": np.array(time_ids, dtype=np.float32)}
+    sample["posterior_noise"] = samples.rng(key, "posterior").standard_normal(samples.sample_shape, dtype=np.float32)
     if crop in samples.cached_latents:
-        example.update(load_file(samples.cached_latents[crop]))
+        sample.update(load_file(samples.cached_latents[crop]))
     else:
-        example["pixel_values"] = samples.pixels(crop)
+        sample["pixel_values"] = samples.pixels(crop)
     if caption in samples.cached_embeddings:
-        example.update(load_file(samples.cached_embeddings[caption]))
-    return example
+        sample.update(load_file(samples.cached_embeddings[caption]))
+    return sample
 
 
 # The base model
@@ -1017,7 +1026,7 @@ def open_single_file(args, parts):
 
 
 def open_base(args):
-    """Opens the base model's pipeline, of files in half precision if it has no others, and as it was trained."""
+    """Opens the base model's pipeline as it was published, from files in half precision if it has no others."""
     base, vae, parts = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path, {}
     parts["feature_extractor"] = None
     if vae:
@@ -1073,15 +1082,11 @@ def in_float32(method, tensor, **settings):
         return method(tensor.float(), **settings)
 
 
-def weights_digest(model):
-    """Names a model by its layers and the values of its weights."""
-    return digest(repr(model), *(tensor.contiguous().numpy() for tensor in model.state_dict().values()))
-
-
 def load_base(run):
-    """Loads the base model, all of it frozen, under the names that the hooks' list has; sets run.resolution.
+    """Loads the base model as the namespace that load_models has to return, all of it frozen; sets run.resolution.
 
-    Adds the vae, the text_encoders with their tokenizers, and digests of what the caches depend on.
+    It also holds the vae, the text_encoders with their tokenizers, and digests of what the caches depend on. All
+    weights are float32; autocast runs them in half precision.
     """
     pipeline = open_base(run.args)
     set_schedule(run.args, pipeline)
@@ -1220,18 +1225,18 @@ def fill_cache(run, models, visits):
 
 def plan_cache(run, samples, keys):
     """Returns the crops and captions that some keys will meet, and whether the crops' latents are worth keeping."""
-    crops, captions, visits = set(), set(), 0
+    crops, captions, met = set(), set(), 0
     for key in tqdm(keys, "planning", delay=5, disable=not run.accelerator.is_main_process):
         crops.add(samples.choose_crop(key))
         captions.add(choose_caption(samples, key))
-        visits += 1
-    # An entry that is met less than twice costs more than it spares, unless the next run will meet it again.
+        met += 1
+    # An entry that is met less than twice costs more than it spares, unless the next run meets it again.
     met_again = run.args.center_crop and len(crops) <= SMALL_SET
-    return crops, captions, visits >= 2 * len(crops) or met_again
+    return crops, captions, met >= 2 * len(crops) or met_again
 
 
 def encoder_setting(run):
-    """Lists what the bits of all cache entries depend on, beside the encoder and its input."""
+    """Lists what the bits of all cache entries depend on, apart from the encoder and its input."""
     device = run.accelerator.device.type
     threads_or_tf32 = torch.get_num_threads() if device == "cpu" else run.args.allow_tf32
     libraries = [version(library) for library in ("torch", "diffusers", "transformers", "Pillow")]
@@ -1240,9 +1245,9 @@ def encoder_setting(run):
 
 def latents_file(run, models, setting, samples, crop):
     """Names the cache entry of a crop, by all that its bits depend on."""
-    index, *box_and_flip = crop
-    picture = (run.resolution, run.args.image_interpolation_mode, samples.records[index]["digest"], *box_and_flip)
-    name = digest(*setting, models.vae_digest, *picture)
+    picture = (run.resolution, run.args.image_interpolation_mode, samples.records[crop.index]["digest"])
+    box = ((crop.width, crop.height), (crop.left, crop.top), crop.flip)
+    name = digest(*setting, models.vae_digest, *picture, *box)
     return cache_folder(run.args) / "latents" / name
 
 
@@ -1287,19 +1292,21 @@ def fill_entries(run, jobs):
 
 # === Engine: the same in every script ===
 #
-# It takes the steps, and does whatever a run needs around them. This is all that it asks of the method above. What
-# stands in brackets is the least that a hook may do.
+# It takes the steps, and does whatever a run needs around them. These hooks are all that it asks of a method. Each of
+# them has to be there; in brackets stands what to return where there is nothing to do. In the scripts of Stable
+# Diffusion, their fence has fill_cache and picture_prompts.
 #
 #   PUBLISHED
 #       patterns of the files that are uploaded
 #   CARD
 #       what the model card's header says of the method [{}]
 #   read_records(args) -> records
-#       the pictures, each {"name": path, "rows": None, "captions": [text, ...]}
+#       the pictures, each {"name": path, "rows": None, "captions": [text, ...]}; of a data set, "rows" is that, and
+#       "row" the number in it. The engine adds "digest" and "size" (w, h).
 #   class_records(run) -> records
-#       checked pictures of a class, of which one stands behind each of the others in a batch [[]]
+#       checked pictures of a subject's class, of which one stands behind each of the others in a batch [[]]
 #   make_sample(samples, key) -> dict
-#       a sample of arrays, numbers and texts, with all of its draws, by samples.draw(key, stream)
+#       a sample of arrays, numbers and texts, with all that it draws, by samples.rng(key, "a name of the draw")
 #   load_models(run) -> models
 #       a namespace of the pipeline, unet, noise_scheduler, sample_shape (of the noise), trained (models),
 #       params_to_optimize, ema_unet (None if there is no average) and idle (frozen models that no step needs).
@@ -1317,9 +1324,9 @@ def fill_entries(run, jobs):
 #   picture_prompts(args) -> prompts
 #       of the validation pictures, one each [[]]
 #   sample_picture(run, models, prompt, generator) -> PIL image
-#       draws a validation picture
+#       generates a validation picture
 #   save_weights(models, folder)
-#       writes what a checkpoint has of the models, beside the average of the weights
+#       writes the weights that are trained, for a checkpoint; the engine writes their average
 #   load_weights(models, folder)
 #       reads it back
 #   save_model(run, models)
@@ -1328,7 +1335,7 @@ def fill_entries(run, jobs):
 #       the lines that load the result by its name, and make a picture
 
 
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 VALIDATION_DRAWS = 4  # noises and timesteps for each held-out picture
 STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1"} & {*dir(signal)}
 UNSAVED = {"config", "hub_token", "overwrite_output_dir", "resume_from_checkpoint"}
@@ -1365,7 +1372,7 @@ def train(run, models, data, optimizer, lr_scheduler):
                     losses[name] += loss.detach() / args.gradient_accumulation_steps
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(models.params_to_optimize, args.max_grad_norm or math.inf)
-                optimizer.step()  # accelerate skips this, and the next, before the last micro-step
+                optimizer.step()  # this and the next do nothing before the last micro-step: accelerate sees to it
                 optimizer.zero_grad()
         run.global_step = step + 1
         row = {"step": run.global_step, "lr": lr_scheduler.get_last_lr()[0]}
@@ -1408,7 +1415,7 @@ def train(run, models, data, optimizer, lr_scheduler):
 
 @dataclasses.dataclass
 class Run:
-    """What a run knows beside its models and its data. Functions take it as run."""
+    """What a run knows, apart from its models and its data. Functions take it as run."""
 
     args: argparse.Namespace  # as given; nothing writes to it
     accelerator: Accelerator
@@ -1421,7 +1428,7 @@ class Run:
     identity: dict = dataclasses.field(default_factory=dict)  # of base, data and method, which may not change
     # What the flags leave open.
     resolution: int = 0  # side of a sample in pixels
-    total_batch_size: int = 0  # samples of an optimizer step, over all processes
+    total_batch_size: int = 0  # samples of an optimizer step, over all processes; class pictures come on top
     steps_per_epoch: int = 0
     max_train_steps: int = 0
     validation_steps: int = 0
@@ -1478,6 +1485,17 @@ def step_keys(step, total_batch_size, sizes, seed):
     return [key for first, (epoch, index) in pairs for key in (first, (epoch, pictures + index))]
 
 
+class Crop(typing.NamedTuple):
+    """What is made of a picture, but for its noise: the one at index, resized, cut out from left and top, mirrored."""
+
+    index: int
+    width: int
+    height: int
+    left: int
+    top: int
+    flip: bool
+
+
 class Samples(torch.utils.data.Dataset):
     """Samples by key (epoch, index), each a function of seed, key and picture, whatever the batch, worker or flags."""
 
@@ -1493,27 +1511,26 @@ class Samples(torch.utils.data.Dataset):
     def __getitem__(self, key):
         return make_sample(self, key)
 
-    def draw(self, key, stream):
+    def rng(self, key, stream):
         """Returns the generator of one kind of draw for a sample."""
         return generator(self.seed, *key, stream)
 
     def choose_crop(self, key):
-        """Draws a crop: the picture's index, its size once resized, the crop's left and top, whether to mirror it."""
+        """Draws where a sample is cut out of its picture, and whether it is mirrored."""
         index, side = key[1], self.resolution
         shorter = min(self.records[index]["size"])
         width, height = (max(side, round(length * side / shorter)) for length in self.records[index]["size"])
-        left, top = (0.5, 0.5) if self.args.center_crop else self.draw(key, "crop").random(2)
-        corner = (int(left * (width - side + 1)), int(top * (height - side + 1)))
-        flip = self.args.random_flip and self.draw(key, "flip").random() < 0.5
-        return index, (width, height), corner, bool(flip)
+        x, y = (0.5, 0.5) if self.args.center_crop else self.rng(key, "crop").random(2)
+        left, top = int(x * (width - side + 1)), int(y * (height - side + 1))
+        flip = self.args.random_flip and bool(self.rng(key, "flip").random() < 0.5)
+        return Crop(index, width, height, left, top, flip)
 
     def pixels(self, crop):
         """Resizes, crops and flips a picture to float32 in [-1, 1], shape (3, resolution, resolution)."""
-        index, size, (left, top), flip = crop
         resample = Image.Resampling[self.args.image_interpolation_mode.removesuffix("_exact").upper()]
-        image = open_image(read_bytes(self.records[index])).resize(size, resample)
-        image = image.crop((left, top, left + self.resolution, top + self.resolution))
-        image = np.array(ImageOps.mirror(image) if flip else image, dtype=np.float32).clip(0, 255)
+        image = open_image(read_bytes(self.records[crop.index])).resize((crop.width, crop.height), resample)
+        image = image.crop((crop.left, crop.top, crop.left + self.resolution, crop.top + self.resolution))
+        image = np.array(ImageOps.mirror(image) if crop.flip else image, dtype=np.float32).clip(0, 255)
         image = image if image.ndim == 3 else np.stack([image] * 3, axis=-1)
         return torch.from_numpy(image).permute(2, 0, 1).contiguous() / 127.5 - 1
 
@@ -1552,6 +1569,11 @@ def digest(*parts):
         blake.update(part if isinstance(part, (bytes, np.ndarray)) else repr(part).encode())
         blake.update(b"\0")
     return blake.hexdigest()
+
+
+def weights_digest(model):
+    """Names a model by its layers and the values of its weights."""
+    return digest(repr(model), *(tensor.contiguous().numpy() for tensor in model.state_dict().values()))
 
 
 def list_files(folder):
@@ -1598,12 +1620,12 @@ def check_record(record, stop):
 
 def stamp(record):
     """Names a picture's state without reading it: by its file's size and time, or its data set's fingerprint."""
-    file = Path(record["name"])
+    has_caption = bool(record["captions"])
     if record["rows"] is not None:
-        state = (record["rows"]._fingerprint, record["row"])
-    else:
-        state = (str(file.absolute()), *((file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else ()))
-    return digest(*state, bool(record["captions"]))
+        return digest(record["rows"]._fingerprint, record["row"], has_caption)
+    file = Path(record["name"])
+    size_and_time = (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else ()
+    return digest(str(file.absolute()), *size_and_time, has_caption)
 
 
 def read_manifest(file):
@@ -1619,33 +1641,41 @@ def check_records(run, records):
 
     A manifest of names, sizes and modification times in the cache folder spares unchanged files the next time.
     """
-    args, accelerator = run.args, run.accelerator
-    main_process = accelerator.is_main_process
+    main_process = run.accelerator.is_main_process
     rows, folder = records[0]["rows"], str(Path(records[0]["name"]).absolute().parent)
-    manifest = cache_folder(args) / "checked" / digest(folder if rows is None else rows._fingerprint)
-    stamps = gather_object([[stamp(record) for record in records]])[0]  # rank 0's: its copies may have other times
+    manifest = cache_folder(run.args) / "checked" / digest(folder if rows is None else rows._fingerprint)
     known = together(read_manifest, manifest, on=main_process, folder=manifest.parent)
-    new = [i for i in range(len(records)) if stamps[i] not in known]
-    mine = new[accelerator.process_index :: accelerator.num_processes]
-    quiet = not mine or not main_process
-    found = thread_map(
-        check_record, [records[i] for i in mine], [run.stop] * len(mine), desc="checking", disable=quiet
-    )
-    found = dict(gather_object(list(zip(mine, found))))
+    stamps = gather_object([[stamp(record) for record in records]])[0]  # rank 0's: its copies may have other times
+    found = check_new(run, records, [i for i in range(len(records)) if stamps[i] not in known])
     bad = {i: found[i] for i in sorted(found) if isinstance(found[i], str)}
-    known.update({stamps[i]: result for i, result in found.items() if i not in bad})
-    if not args.no_encoding_cache:
-        text = json.dumps({key: known[key] for key in stamps if key in known})
+    for i in found.keys() - bad.keys():
+        known[stamps[i]] = found[i]
+    if not run.args.no_encoding_cache:
+        text = json.dumps({name: known[name] for name in stamps if name in known})
         together(replace_file, manifest, text.encode(), on=main_process, folder=manifest.parent)
     run.stop.exit_if_asked()
     if bad:
-        listing = "".join(f"\n  {records[i]['name']} {reason}" for i, reason in bad.items())
-        listing = f"{len(bad)} of {len(records)} pictures cannot be used:{listing}"
-        if args.on_bad_image == "error" or len(bad) == len(records):
-            raise SystemExit(f"{listing}\nMend or remove them, or leave them out by --on_bad_image skip.")
-        accelerator.print(listing)
+        report_bad(run, records, bad)
     good = [i for i in range(len(records)) if i not in bad]
     return [{**records[i], "digest": known[stamps[i]][0], "size": known[stamps[i]][1:]} for i in good]
+
+
+def check_new(run, records, new):
+    """Checks the pictures at some places among the records, in threads and by turns; returns the findings by place."""
+    mine = new[run.accelerator.process_index :: run.accelerator.num_processes]
+    quiet = not mine or not run.accelerator.is_main_process
+    check = functools.partial(check_record, stop=run.stop)
+    found = thread_map(check, [records[i] for i in mine], desc="checking", disable=quiet)
+    return dict(gather_object(list(zip(mine, found))))
+
+
+def report_bad(run, records, bad):
+    """Lists the pictures that cannot be used, by place why; ends the run unless it is to skip them."""
+    listing = "".join(f"\n  {records[i]['name']} {reason}" for i, reason in bad.items())
+    listing = f"{len(bad)} of {len(records)} pictures cannot be used:{listing}"
+    if run.args.on_bad_image == "error" or len(bad) == len(records):
+        raise SystemExit(f"{listing}\nMend or remove them, or leave them out by --on_bad_image skip.")
+    run.accelerator.print(listing)
 
 
 def split_records(args, records, seed):
@@ -1776,7 +1806,7 @@ def held_out_losses(run, models, held_out):
 
 
 def validation_pictures(run, models):
-    """Draws this rank's share of the validation pictures: pairs of a prompt's place and its picture."""
+    """Generates this rank's share of the validation pictures: pairs of a prompt's place and its picture."""
     main_process, images = run.accelerator.is_main_process, []
     models.pipeline.set_progress_bar_config(disable=True)
     prompts = list(enumerate(picture_prompts(run.args)))
@@ -1921,7 +1951,7 @@ def on_main_process(run, function, *arguments):
 
 def write_checkpoint(run, models, folder):
     """Writes what a checkpoint holds: the models, the optimizer's state, the metrics so far, the run's state."""
-    run.accelerator.save_state(folder)
+    run.accelerator.save_state(folder)  # without the models: see make_accelerator
     if run.accelerator.is_main_process:
         save_weights(models, folder)
         if models.ema_unet is not None:
@@ -2036,8 +2066,8 @@ def begin_run(args, accelerator, stop):
     return Run(args, accelerator, stop, **state), checkpoint, settings
 
 
-def identify(run, models, records):
-    """Says what may not change in a resumed run; refuses to go on where it has changed."""
+def check_identity(run, models, records):
+    """Refuses to go on with another script, base model or data set; notes what they are now."""
     now = {
         "script": Path(__file__).stem,
         **identity(run, models),
@@ -2086,31 +2116,41 @@ def loss_curve(losses):
     return points, "".join("▁▂▃▄▅▆▇█"[int(height)] for height in heights)
 
 
+def name_without_path(path):
+    """Returns the name of a model or data set for others to read: None for what lies on this machine."""
+    return None if not path or Path(path).exists() else path
+
+
+def settings_table(settings):
+    """Returns the settings that are numbers or words of interest as a Markdown table; what is off is left out."""
+    words = ("lr_scheduler", "mixed_precision", "prediction_type")
+    shown = {name: value for name, value in settings.items() if isinstance(value, (int, float)) or name in words}
+    rows = [f"| {name} | {value} |" for name, value in shown.items() if value is not None and value is not False]
+    return "\n".join(["| setting | value |", "|---|---|", *rows])
+
+
 def write_model_card(run, models, repo_id):
     """Writes README.md: base, data, settings, loss curve, sample grid, and how to load the result."""
-    args = run.args
-    metrics = Path(args.output_dir, args.logging_dir, "metrics.jsonl").read_text().splitlines()
-    losses = [row["loss"] for row in map(json.loads, metrics) if "loss" in row]
-    held_out = [row for row in map(json.loads, metrics) if "validation_loss" in row]
-    points, curve = loss_curve(losses)
-    # Paths of this machine stay out of what may be published.
-    given = args.pretrained_model_name_or_path, vars(args).get("dataset_name")
-    base, data = (None if not name or Path(name).exists() else name for name in given)
-    header = ModelCardData(base_model=base, datasets=data, library_name="diffusers", **CARD).to_yaml()
-    words = ("lr_scheduler", "mixed_precision", "prediction_type")
-    shown = {n: v for n, v in run.settings().items() if isinstance(v, (int, float)) or n in words}
-    settings = {n: v for n, v in shown.items() if v is not None and v is not False}
-    base = base or (Path(given[0]).resolve().name if given[0] else "A new model")
-    grid = f"samples/step-{run.global_step:06d}.png"
-    card = [f"---\n{header}\n---\n\n# {repo_id}"]
-    card += [f"{base}, trained on {data or 'local pictures'}."]
-    card += ["The base model's licence applies."] if given[0] else []
+    args, given = run.args, run.args.pretrained_model_name_or_path
+    lines = Path(args.output_dir, args.logging_dir, "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    points, curve = loss_curve([row["loss"] for row in rows if "loss" in row])
+    base, data = name_without_path(given), name_without_path(vars(args).get("dataset_name"))
+    header = ModelCardData(base_model=base, datasets=data, library_name="diffusers", **CARD)
+    shown_base = base or (Path(given).resolve().name if given else "A new model")
+    card = [f"---\n{header.to_yaml()}\n---", f"# {repo_id}", f"{shown_base}, trained on {data or 'local pictures'}."]
+    if given:
+        card.append("The base model's licence applies.")
     card += ["## Load it", f"```python\n{loading_code(run, models, repo_id)}\n```", "## Training"]
+    grid = f"samples/step-{run.global_step:06d}.png"
     if Path(args.output_dir, grid).exists():
-        card += [f"![samples]({grid})", *(f"- {prompt}" for prompt in dict.fromkeys(picture_prompts(args)) if prompt)]
-    card += [f"{run.global_step} steps. Loss from {points[0]:.4f} to {points[-1]:.4f}: `{curve}`"]
-    card += [f"Held-out loss at step {row['step']}: {row['validation_loss']:.4f}" for row in held_out]
-    card += ["| setting | value |\n|---|---|" + "".join(f"\n| {n} | {v} |" for n, v in settings.items()) + "\n"]
+        card.append(f"![samples]({grid})")
+        card += [f"- {prompt}" for prompt in dict.fromkeys(picture_prompts(args)) if prompt]
+    card.append(f"{run.global_step} steps. Loss from {points[0]:.4f} to {points[-1]:.4f}: `{curve}`")
+    for row in rows:
+        if "validation_loss" in row:
+            card.append(f"Held-out loss at step {row['step']}: {row['validation_loss']:.4f}")
+    card.append(settings_table(run.settings()) + "\n")
     replace_file(Path(args.output_dir, "README.md"), "\n\n".join(card).encode())
 
 
@@ -2315,16 +2355,16 @@ def execute(args, accelerator, stop):
     # Data.
     records = check_records(run, read_records(args))
     records, held_out_records = split_records(args, records, run.seed)
-    beside = class_records(run)
-    sizes = len(records), len(beside)
-    records = records + beside
+    records_of_class = class_records(run)
+    sizes = len(records), len(records_of_class)
+    records = records + records_of_class
     plan_steps(run, sizes)
 
     # Models.
     torch.manual_seed(run.seed % 2**64)  # for weights that start at random
     models = load_models(run)
-    identify(run, models, records)
     list_changes(run, settings)
+    check_identity(run, models, records)
     data = make_data(run, models, records, held_out_records, sizes)
     on_main_process(run, prepare_folder, run, checkpoint)
     together(start_trackers, run, checkpoint, on=True, folder=args.output_dir)

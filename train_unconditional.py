@@ -4,8 +4,9 @@ Each step noises a few pictures (DDPM, Ho et al. 2020, arXiv:2006.11239, eq. 4),
 picture or the velocity (Salimans and Ho 2022, arXiv:2202.00512), and takes the mean squared error, plain or with
 Min-SNR weights (Hang et al. 2023, arXiv:2303.09556). The result is a pipeline that DDPMPipeline.from_pretrained loads.
 
-Start reading at run, train and compute_loss. Most functions stand word for word in the sibling scripts, so that one or
-the other draw or hook has no use here.
+To read it, take the flags below, up to the first fence (`# === ... ===`), and the method, which stands between the
+imports and the fence "Engine". Skip the fences: they are the same text in every script. The loop is train,
+the first function of the fence "Engine". The comment above it lists all that the engine asks of a method.
 
     accelerate launch train_unconditional.py --config configs/demo_unconditional.yaml
     accelerate launch train_unconditional.py --dataset_name huggan/flowers-102-categories --resolution 64 \\
@@ -16,6 +17,7 @@ the other draw or hook has no use here.
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import glob
 import hashlib
@@ -34,6 +36,8 @@ import subprocess
 import sys
 import time
 import traceback
+import typing
+import zlib
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
@@ -42,7 +46,142 @@ from types import SimpleNamespace
 import yaml
 
 
+# This script's flags: what it refuses, its defaults, and what it alone takes or shares with some.
+
 REFUSED = {"--local_rank": "launchers pass the rank in the environment, so leave this flag out"}
+DEFAULTS = {
+    "output_dir": "ddpm-model-64",
+    "learning_rate": 1e-4,
+    "lr_scheduler": "cosine",
+    "adam_beta1": 0.95,
+    "adam_weight_decay": 1e-6,
+    "train_batch_size": 16,
+    "num_train_epochs": 100,
+    "validation_epochs": 10,
+    "tracker_project_name": "train_unconditional",
+}
+
+
+def add_flags(parser):
+    """Adds the flags that not all scripts have."""
+    add = parser.add_argument_group("UNet").add_argument
+    add("--pretrained_model_name_or_path", help="base model: diffusers folder or Hub id")
+    add("--model_config_name_or_path", help="config.json, its folder or a Hub id: a new UNet of that kind, instead")
+    add("--resolution", type=positive_int, default=64, help="side of the square pictures in pixels (a multiple of 8)")
+
+    add_data_set_flags(parser)
+
+    add = parser.add_argument_group("weights").add_argument
+    add("--use_ema", **switch, help="average the weights over the run; the average is validated and saved")
+    decay = "gamma of the average's decay 1 - (1 + step/gamma)^-p"
+    add("--ema_inv_gamma", type=positive_float, default=1.0, help=decay)
+    add("--ema_power", type=non_negative, default=0.75, help="power p of that decay")
+    add("--ema_max_decay", type=fraction, default=0.9999, help="the most that decay grows to")
+    add("--foreach_ema", **switch, help="update the average in one call: faster, more memory")
+    add("--offload_ema", **switch, help="keep the average in CPU memory between steps")
+
+    add = parser.add_argument_group("noise").add_argument
+    add("--ddpm_num_steps", type=positive_int, help="timesteps of the noise (default: as the base has, or 1000)")
+    schedules = ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"]
+    add("--ddpm_beta_schedule", choices=schedules, help="rise of the noise (default: as the base has, or linear)")
+
+    add = parser.add_argument_group("pictures and pipelines").add_argument
+    add("--eval_batch_size", type=natural_int, default=16, help="pictures in a sample grid; 0: no grids")
+    add("--ddpm_num_inference_steps", type=positive_int, default=50, help="sampling steps of a picture in the grids")
+    add("--save_model_epochs", type=natural_int, default=10, help="epochs between pipelines; 0: at the end only")
+    add("--preserve_input_precision", **switch, help="accepted: 16-bit and float grey always keep theirs")
+
+    add = parser.add_argument_group("other names").add_argument
+    unset = argparse.SUPPRESS  # so that the default of the flag itself counts
+    add(
+        "--num_epochs",
+        dest="num_train_epochs",
+        type=positive_int,
+        default=unset,
+        help="the same as --num_train_epochs",
+    )
+    add(
+        "--save_images_epochs",
+        dest="validation_epochs",
+        type=positive_int,
+        default=unset,
+        help="the same as --validation_epochs",
+    )
+    add(
+        "--logger",
+        dest="report_to",
+        default=unset,
+        choices=TRACKERS,
+        help="the same as --report_to (default: tensorboard)",
+    )
+
+
+def check_flags(args):
+    """Lists what no flag's type can know to be wrong: (whether it is wrong, the sentence to say)."""
+    base, config = args.pretrained_model_name_or_path, args.model_config_name_or_path
+    data = args.train_data_dir
+    no_base = f"--pretrained_model_name_or_path {base} is no folder and no Hub id"
+    no_config = f"--model_config_name_or_path {config} is no file, no folder and no Hub id"
+    either_model = "give --pretrained_model_name_or_path or --model_config_name_or_path, not both"
+    return [
+        (bool(args.dataset_name) == bool(data), "give the pictures by either --train_data_dir or --dataset_name"),
+        *folder_problems(args, "--train_data_dir", data),
+        (base and config, either_model),
+        (base and not may_be_model(base), no_base),
+        (config and not may_be_model(config) and not Path(config).exists(), no_config),
+    ]
+
+
+# === Data sets: the same in every script that reads them ===
+
+
+def add_data_set_flags(parser):
+    """Adds the flags that say which pictures to train on."""
+    add = parser.add_argument_group("data set").add_argument
+    add("--dataset_name", help="a data set on the Hub, or whatever else datasets.load_dataset takes")
+    add("--dataset_config_name", help="configuration of that data set")
+    add("--train_data_dir", help="folder of pictures (with metadata.jsonl, .csv or .txt captions, or parquet files)")
+    add("--image_column", default="image", help="column of the pictures (Hub and parquet)")
+
+
+def read_rows(args, files, columns):
+    """Lists the rows of a Hub or parquet data set; the pictures stay encoded.
+
+    columns: the names of the columns of pictures and, if there are any, of captions, by the flags that gave them.
+    """
+    try:
+        if args.dataset_name:
+            name, config = args.dataset_name, args.dataset_config_name
+            rows = datasets.load_dataset(name, config, split="train", cache_dir=args.cache_dir)
+        else:
+            files_by_split = {"train": [str(file) for file in files]}
+            rows = datasets.load_dataset("parquet", data_files=files_by_split, split="train", cache_dir=args.cache_dir)
+    except Exception as error:  # anything, from an unknown name to a broken file
+        raise SystemExit(f"The data set {args.dataset_name or files[0].parent} cannot be loaded: {error}")
+    for flag, column in columns.items():
+        if column not in rows.column_names:
+            raise SystemExit(f"{flag} {column} is not among the data set's columns {', '.join(rows.column_names)}.")
+    image_column, *caption_column = columns.values()
+    captions = rows[caption_column[0]][:] if caption_column else [None] * len(rows)
+    rows = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    return [{"name": f"row {i}", "rows": rows, "row": i, "captions": captions[i]} for i in range(len(rows))]
+
+
+# === End of data sets ===
+
+
+# === Flags: the same in every script ===
+#
+# What they ask of the script's own half, which stands above:
+#
+#   REFUSED
+#       flags that the script does not take, by name, and why [{}]
+#   DEFAULTS
+#       the script's defaults of flags that every script has [{}]
+#   add_flags(parser)
+#       adds the flags that not every script has [nothing]
+#   check_flags(args) -> list
+#       what can be wrong with those: (whether it is wrong, the sentence to say) [[]]; it may fill in what is None
 
 
 def bounded(text, kind, low, high=math.inf):
@@ -55,15 +194,19 @@ def bounded(text, kind, low, high=math.inf):
 
 positive_int = functools.partial(bounded, kind=int, low=1)
 natural_int = functools.partial(bounded, kind=int, low=0)
+positive_float = functools.partial(bounded, kind=float, low=1e-6)
 non_negative = functools.partial(bounded, kind=float, low=0.0)
 fraction = functools.partial(bounded, kind=float, low=0.0, high=1.0)
 below_one = functools.partial(bounded, kind=float, low=0.0, high=0.999999)
 switch = {"action": argparse.BooleanOptionalAction, "default": False}
-# Flags that say the same in other words.
+TRACKERS = ["tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio"]
+TRACKERS += ["all", "none"]
+# Flags that say the same in other words, so that one counts.
 REPLACES = {
     "validation_steps": "validation_epochs",
     "validation_epochs": "validation_steps",
     "num_train_epochs": "max_train_steps",
+    "max_train_steps": "num_train_epochs",
 }
 
 
@@ -71,14 +214,121 @@ class HelpFormatter(argparse.HelpFormatter):
     """Adds the default to a help that does not speak of it, unless there is none."""
 
     def _get_help_string(self, action):
-        silent = action.default is None or action.default is False or "default" in action.help
-        return action.help if silent or action.nargs == 0 else f"{action.help} (default: %(default)s)"
+        default = DEFAULTS.get(action.dest, action.default)
+        silent = default is None or default is False or "default" in action.help or action.nargs == 0
+        return action.help if silent else f"{action.help} (default: {default})"
+
+
+def add_common_flags(parser):
+    """Adds the flags that every script has."""
+    add = parser.add_argument_group("model").add_argument
+    add("--revision", help="branch, tag or commit of the base model on the Hub")
+    add("--variant", help="variant of the base model's weight files, such as fp16")
+    add("--cache_dir", help="where downloads from the Hub are kept")
+
+    add = parser.add_argument_group("pictures").add_argument
+    add("--max_train_samples", type=positive_int, help="train on so many pictures, drawn by the seed")
+    add("--repeats", type=positive_int, default=1, help="passes over the pictures that make an epoch")
+    add("--center_crop", **switch, help="crop the middle instead of a random place")
+    add("--random_flip", **switch, help="mirror half of the samples")
+    filters = ["lanczos", "bicubic", "bilinear", "box", "hamming", "nearest", "nearest_exact"]
+    add("--image_interpolation_mode", default="lanczos", choices=filters, help="filter that resizes the pictures")
+    add("--on_bad_image", default="error", choices=["error", "skip"], help="what to do about unusable pictures")
+    add("--encoding_cache_dir", help="where checks, latents and embeddings are kept (~/.cache/diffusion-training)")
+    add("--no_encoding_cache", **switch, help="keep none of them, and run the frozen models in every step")
+    add("--dataloader_num_workers", type=natural_int, default=0, help="processes that load pictures")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--output_dir", help="folder for the result, samples, logs and checkpoints")
+    add("--overwrite_output_dir", **switch, help="start anew in a folder that holds a run, deleting what it left")
+    add("--seed", type=natural_int, help="seed of every random draw (default: one is drawn and recorded)")
+    add("--train_batch_size", type=positive_int, help="pictures per process and forward pass")
+    add("--gradient_accumulation_steps", type=positive_int, default=1, help="forward passes per optimizer step")
+    add("--num_train_epochs", type=positive_int, help="passes over the data, without --max_train_steps")
+    add("--max_train_steps", type=positive_int, help="optimizer steps")
+    add("--gradient_checkpointing", **switch, help="recompute activations: less memory, slower")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: as the launcher is configured")
+    add("--allow_tf32", **switch, help="TF32 matrix products on Ampere GPUs and later")
+    add("--enable_xformers_memory_efficient_attention", **switch, help="xformers' attention instead of PyTorch's")
+
+    add = parser.add_argument_group("optimizer").add_argument
+    add("--learning_rate", type=non_negative, help="learning rate after warmup")
+    add("--scale_lr", **switch, help="multiply the learning rate by the total batch size")
+    shapes = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+    add("--lr_scheduler", default="constant", choices=shapes, help="shape of the learning rate over the run")
+    add("--lr_warmup_steps", type=natural_int, default=500, help="optimizer steps of linear warmup")
+    add("--lr_num_cycles", type=positive_int, default=1, help="cosine waves of cosine_with_restarts")
+    add("--lr_power", type=non_negative, default=1.0, help="power of polynomial")
+    add("--use_8bit_adam", **switch, help="8-bit AdamW of bitsandbytes: a quarter of the optimizer's memory")
+    add("--adam_beta1", type=below_one, default=0.9, help="decay of the gradients' mean")
+    add("--adam_beta2", type=below_one, default=0.999, help="decay of the gradients' square")
+    add("--adam_weight_decay", type=non_negative, default=1e-2, help="decoupled weight decay")
+    add("--adam_epsilon", type=non_negative, default=1e-8, help="added to the denominator")
+    add("--max_grad_norm", type=non_negative, default=1.0, help="norm to scale larger gradients down to; 0: none")
+
+    add = parser.add_argument_group("loss").add_argument
+    targets = ["epsilon", "v_prediction", "sample"]
+    add("--prediction_type", choices=targets, help="what the UNet predicts (default: as the base model does)")
+    add("--snr_gamma", type=positive_float, help="gamma of Min-SNR weights, often 5")
+
+    add = parser.add_argument_group("validation").add_argument
+    add("--validation_samples", type=natural_int, default=0, help="pictures held out to measure the loss on")
+    add("--validation_epochs", type=positive_int, help="epochs between validations")
+    add("--validation_steps", type=positive_int, help="optimizer steps between validations")
+
+    add = parser.add_argument_group("logging").add_argument
+    add("--report_to", default="tensorboard", choices=TRACKERS, help="experiment tracker")
+    add("--tracker_project_name", help="name of the project in the tracker")
+    add("--logging_dir", default="logs", help="folder of metrics.jsonl and the tracker's files, in --output_dir")
+
+
+def add_saving_flags(parser):
+    """Adds the flags of checkpoints and of the Hub, which every script has."""
+    add = parser.add_argument_group("checkpoints and publishing").add_argument
+    add("--checkpointing_steps", type=natural_int, default=500, help="optimizer steps between checkpoints; 0: none")
+    add("--checkpoints_total_limit", type=positive_int, help="checkpoints to keep, the newest")
+    add("--resume_from_checkpoint", help="a checkpoint's path, or 'latest' for the newest whole one of --output_dir")
+    add("--push_to_hub", **switch, help="upload the result to the Hub")
+    add("--hub_model_id", help="repository to upload to (default: the name of --output_dir)")
+    add("--hub_token", help="token for the upload (default: your login)")
+    add("--hub_private_repo", **switch, help="create the repository private")
+
+
+def lies_in(path, folder):
+    """Tells whether a path is a folder, or lies somewhere in it; neither need be given."""
+    return bool(path and folder) and Path(path).resolve().is_relative_to(Path(folder).resolve())
+
+
+def may_be_model(path):
+    """Tells whether a path is a folder or, by its form, a repository of the Hub."""
+    by_its_form = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) and not path.endswith(".safetensors")
+    return Path(path).is_dir() or bool(by_its_form)
+
+
+def folder_problems(args, flag, folder):
+    """Lists what can be wrong with the folder of the pictures, if that is how they are given."""
+    return [
+        (folder and not Path(folder).is_dir(), f"{flag} {folder} is not a folder"),
+        (lies_in(args.output_dir, folder), f"--output_dir lies in {folder}: its samples would be trained on"),
+    ]
+
+
+def common_problems(args):
+    """Lists what can be wrong with the flags that every script has: (whether it is wrong, the sentence to say)."""
+    resume = args.resume_from_checkpoint
+    resumable = resume in (None, "latest") or Path(resume).is_dir() or Path(args.output_dir, resume).is_dir()
+    either_validation = "give --validation_steps or --validation_epochs, not both"
+    either_start = "give --overwrite_output_dir or --resume_from_checkpoint, not both"
+    return [
+        (args.resolution and args.resolution % 8, f"--resolution {args.resolution} is not a multiple of 8"),
+        (args.validation_steps and args.validation_epochs, either_validation),
+        (args.overwrite_output_dir and resume, either_start),
+        (not resumable, f"--resume_from_checkpoint {resume} is no folder, neither here nor in {args.output_dir}"),
+    ]
 
 
 def read_config(parser, argv):
     """Returns the flags of the YAML file of --config, if there is one, and of the command line, which wins."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser.formatter_class = HelpFormatter
     first = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     first.add_argument("--config")
     path, flags = first.parse_known_args(argv)[0].config, []
@@ -106,142 +356,29 @@ def read_config(parser, argv):
     return flags + argv
 
 
-def add_saving_flags(parser):
-    """Adds the flags that every script has of checkpoints and of the Hub."""
-    add = parser.add_argument_group("checkpoints and publishing").add_argument
-    add("--checkpointing_steps", type=natural_int, default=500, help="optimizer steps between checkpoints; 0: none")
-    add("--checkpoints_total_limit", type=positive_int, help="checkpoints to keep, the newest")
-    add("--resume_from_checkpoint", help="a checkpoint's path, or 'latest' for the newest whole one of --output_dir")
-    add("--push_to_hub", **switch, help="upload the result to the Hub")
-    add("--hub_model_id", help="repository to upload to (default: the name of --output_dir)")
-    add("--hub_token", help="token for the upload (default: your login)")
-    add("--hub_private_repo", **switch, help="create the repository private")
-
-
 def parse_args(argv=None):
     """Parses and checks the command line; whatever is wrong with it is said here, before anything heavy loads."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.formatter_class = HelpFormatter
     parser.add_argument("--config", help="a YAML file of flags; the command line wins over it")
-
-    add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", help="base model: diffusers folder or Hub id")
-    add("--model_config_name_or_path", help="config.json, its folder or a Hub id: a new UNet of that kind, instead")
-    add("--revision", help="branch, tag or commit of the base model on the Hub")
-    add("--variant", help="variant of the base model's weight files, such as fp16")
-    add("--cache_dir", help="where downloads from the Hub are kept")
-
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset_name", help="a data set on the Hub, or whatever else datasets.load_dataset takes")
-    add("--dataset_config_name", help="configuration of that data set")
-    add("--train_data_dir", help="folder of pictures (or of parquet files; captions are not read)")
-    add("--image_column", default="image", help="column of the pictures (Hub and parquet)")
-    add("--max_train_samples", type=positive_int, help="train on so many pictures, drawn by the seed")
-    add("--resolution", type=positive_int, default=64, help="side of the square pictures in pixels (a multiple of 8)")
-    add("--center_crop", **switch, help="crop the middle instead of a random place")
-    add("--random_flip", **switch, help="mirror half of the samples")
-    filters = ["lanczos", "bicubic", "bilinear", "box", "hamming", "nearest", "nearest_exact"]
-    add("--image_interpolation_mode", default="lanczos", choices=filters, help="filter that resizes the pictures")
-    add("--preserve_input_precision", **switch, help="accepted: 16-bit and float grey always keep theirs")
-    add("--on_bad_image", default="error", choices=["error", "skip"], help="what to do about unusable pictures")
-    add("--encoding_cache_dir", help="where checks, latents and embeddings are kept (~/.cache/diffusion-training)")
-    add("--no_encoding_cache", **switch, help="keep none of them, and run the frozen models in every step")
-    add("--dataloader_num_workers", type=natural_int, default=0, help="processes that load pictures")
-
-    add = parser.add_argument_group("training").add_argument
-    add("--output_dir", default="ddpm-model-64", help="folder for the pipeline, samples, logs and checkpoints")
-    add("--overwrite_output_dir", **switch, help="start anew in a folder that holds a run, deleting what it left")
-    add("--seed", type=natural_int, help="seed of every random draw (default: one is drawn and recorded)")
-    add("--train_batch_size", type=positive_int, default=16, help="pictures per process and forward pass")
-    add("--gradient_accumulation_steps", type=positive_int, default=1, help="forward passes per optimizer step")
-    epochs = {"type": positive_int, "default": 100, "help": "passes over the data, without --max_train_steps"}
-    add("--num_train_epochs", "--num_epochs", **epochs)
-    add("--max_train_steps", type=positive_int, help="optimizer steps")
-    add("--gradient_checkpointing", **switch, help="recompute activations: less memory, slower")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: as the launcher is configured")
-    add("--allow_tf32", **switch, help="TF32 matrix products on Ampere GPUs and later")
-    add("--enable_xformers_memory_efficient_attention", **switch, help="xformers' attention instead of PyTorch's")
-
-    add = parser.add_argument_group("optimizer").add_argument
-    add("--learning_rate", type=non_negative, default=1e-4, help="learning rate after warmup")
-    add("--scale_lr", **switch, help="multiply the learning rate by the total batch size")
-    shapes = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
-    add("--lr_scheduler", default="cosine", choices=shapes, help="shape of the learning rate over the run")
-    add("--lr_warmup_steps", type=natural_int, default=500, help="optimizer steps of linear warmup")
-    add("--use_8bit_adam", **switch, help="8-bit AdamW of bitsandbytes: a quarter of the optimizer's memory")
-    add("--adam_beta1", type=below_one, default=0.95, help="decay of the gradients' mean")
-    add("--adam_beta2", type=below_one, default=0.999, help="decay of the gradients' square")
-    add("--adam_weight_decay", type=non_negative, default=1e-6, help="decoupled weight decay")
-    add("--adam_epsilon", type=non_negative, default=1e-8, help="added to the denominator")
-    add("--max_grad_norm", type=non_negative, default=1.0, help="norm to scale larger gradients down to; 0: none")
-    add("--use_ema", **switch, help="average the weights over the run; the average is validated and saved")
-    positive = functools.partial(bounded, kind=float, low=1e-6)
-    add("--ema_inv_gamma", type=positive, default=1.0, help="gamma of the average's decay 1 - (1 + step/gamma)^-p")
-    add("--ema_power", type=non_negative, default=0.75, help="power p of that decay")
-    add("--ema_max_decay", type=fraction, default=0.9999, help="the most that decay grows to")
-    add("--foreach_ema", **switch, help="update the average in one call: faster, more memory")
-    add("--offload_ema", **switch, help="keep the average in CPU memory between steps")
-
-    add = parser.add_argument_group("loss").add_argument
-    targets = ["epsilon", "v_prediction", "sample"]
-    add("--prediction_type", choices=targets, help="what the UNet predicts (default: as the base model does)")
-    add("--snr_gamma", type=positive, help="gamma of Min-SNR weights, often 5")
-    add("--ddpm_num_steps", type=positive_int, help="timesteps of the noise (default: as the base has, or 1000)")
-    schedules = ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"]
-    add("--ddpm_beta_schedule", choices=schedules, help="rise of the noise (default: as the base has, or linear)")
-
-    add = parser.add_argument_group("validation").add_argument
-    add("--eval_batch_size", type=natural_int, default=16, help="pictures in a sample grid; 0: no grids")
-    add("--ddpm_num_inference_steps", type=positive_int, default=50, help="sampling steps of a picture in the grids")
-    add("--validation_samples", type=natural_int, default=0, help="pictures held out to measure the loss on")
-    epochs = {"type": positive_int, "help": "epochs between validations"}
-    add("--validation_epochs", "--save_images_epochs", **epochs)
-    add("--validation_steps", type=positive_int, help="optimizer steps between validations")
-
-    add = parser.add_argument_group("logging").add_argument
-    trackers = "tensorboard wandb comet_ml aim mlflow clearml dvclive swanlab trackio all none".split()
-    add("--report_to", "--logger", default="tensorboard", choices=trackers, help="experiment tracker")
-    add("--tracker_project_name", default="train_unconditional", help="name of the project in the tracker")
-    add("--logging_dir", default="logs", help="folder of metrics.jsonl and the tracker's files, in --output_dir")
-    add("--save_model_epochs", type=natural_int, default=10, help="epochs between pipelines; 0: at the end only")
-
+    add_flags(parser)
+    add_common_flags(parser)
     add_saving_flags(parser)
-    args = parser.parse_args(read_config(parser, argv))
-    check_args(parser, args)
-    return args
-
-
-def lies_in(path, folder):
-    """Tells whether a path is a folder, or lies somewhere in it; neither need be given."""
-    return bool(path and folder) and Path(path).resolve().is_relative_to(Path(folder).resolve())
-
-
-def check_args(parser, args):
-    """Refuses what no flag's type can know to be wrong."""
-    base, config = args.pretrained_model_name_or_path, args.model_config_name_or_path
-    data, resume = args.train_data_dir, args.resume_from_checkpoint
-    hub_id = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-    resumable = resume in (None, "latest") or Path(resume).is_dir() or Path(args.output_dir, resume).is_dir()
-    base_is_there = base is None or hub_id.fullmatch(base) or Path(base).is_dir()
-    config_is_there = config is None or hub_id.fullmatch(config) or Path(config).exists()
-    problems = [
-        (bool(args.dataset_name) == bool(data), "give the pictures by either --train_data_dir or --dataset_name"),
-        (data and not Path(data).is_dir(), f"--train_data_dir {data} is not a folder"),
-        (lies_in(args.output_dir, data), f"--output_dir lies in {data}: its samples would be trained on"),
-        (args.resolution % 8, f"--resolution {args.resolution} is not a multiple of 8"),
-        (base and config, "give --pretrained_model_name_or_path or --model_config_name_or_path, not both"),
-        (not base_is_there, f"--pretrained_model_name_or_path {base} is no folder and no Hub id"),
-        (not config_is_there, f"--model_config_name_or_path {config} is no file, no folder and no Hub id"),
-        (args.validation_steps and args.validation_epochs, "give --validation_steps or --validation_epochs, not both"),
-        (args.overwrite_output_dir and resume, "give --overwrite_output_dir or --resume_from_checkpoint, not both"),
-        (not resumable, f"--resume_from_checkpoint {resume} is no folder, neither here nor in {args.output_dir}"),
-    ]
-    for problem, message in problems:
+    parser.set_defaults(**{name: value for name, value in DEFAULTS.items() if name not in REPLACES})
+    args = parser.parse_args(read_config(parser, sys.argv[1:] if argv is None else argv))
+    for name, other in REPLACES.items():
+        if getattr(args, name) is None and getattr(args, other) is None:
+            setattr(args, name, DEFAULTS.get(name))
+    for problem, sentence in check_flags(args) + common_problems(args):
         if problem:
-            parser.error(message)
+            parser.error(sentence)
+    return args
 
 
 if __name__ == "__main__":
     args = parse_args()  # before the slow imports, so that --help and a wrong flag answer at once
+
+# === End of flags ===
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it asks for torchvision, which nothing here needs
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -263,16 +400,12 @@ from diffusers.utils import make_image_grid
 from huggingface_hub import ModelCardData, create_repo, upload_folder
 from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from tqdm.contrib.concurrent import thread_map
 
 
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-VALIDATION_DRAWS = 4  # noises and timesteps for each held-out picture
 # What is uploaded: no checkpoints, no logs, no arguments with their local paths.
 PUBLISHED = "README.md model_index.json samples/* unet/* scheduler/*".split()
-STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1"} & {*dir(signal)}
 CARD = {"pipeline_tag": "unconditional-image-generation", "tags": ["ddpm"]}
 # The UNet of a run that gives neither weights nor a config: 113.7 million weights.
 NEW_UNET = {
@@ -280,10 +413,509 @@ NEW_UNET = {
     "down_block_types": (*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4),
 }
+
+
+# Pictures
+
+
+def read_records(args):
+    """Lists the pictures of --dataset_name or --train_data_dir in an order that is the same everywhere."""
+    files = [] if args.dataset_name else list_files(args.train_data_dir)
+    parquet = [file for file in files if file.suffix == ".parquet"]
+    if args.dataset_name or parquet:
+        records = read_rows(args, parquet, {"--image_column": args.image_column})
+    else:
+        pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
+        records = [{"name": str(file), "rows": None} for file in pictures]
+    if not records:
+        raise SystemExit(f"{args.dataset_name or args.train_data_dir} holds no pictures {sorted(PICTURE_SUFFIXES)}.")
+    return [{**record, "captions": [""]} for record in records]
+
+
+def class_records(run):
+    """There are no pictures of a class: nothing is kept but the pictures."""
+    return []
+
+
+def make_sample(samples, key):
+    """Returns a sample: "pixel_values" in [-1, 1] and "noise", float32 of (3, resolution, resolution); "timesteps"."""
+    # Each kind of draw has a generator of its own, so that none shifts another.
+    return {
+        "pixel_values": samples.pixels(samples.choose_crop(key)),
+        "noise": samples.rng(key, "noise").standard_normal(samples.sample_shape, dtype=np.float32),
+        "timesteps": samples.rng(key, "timestep").integers(samples.num_train_timesteps),
+    }
+
+
+# Models and objective
+
+
+def load_models(run):
+    """Loads the base model's UNet and noise schedule, or makes new ones; keeps an average if --use_ema asks for it."""
+    args = run.args
+    run.resolution = args.resolution
+    if args.pretrained_model_name_or_path:
+        unet, scheduler = load_unet(args)
+    else:
+        unet, scheduler = new_unet(args), DDPMScheduler()
+    check_unet(args, unet)
+    unet.register_to_config(sample_size=run.resolution)  # the size of the pictures that a pipeline makes with it
+    scheduler = choose_schedule(args, scheduler)
+    ema_unet = None
+    if args.use_ema:
+        ema_unet = EMAModel(
+            unet.parameters(),
+            decay=args.ema_max_decay,
+            use_ema_warmup=True,
+            inv_gamma=args.ema_inv_gamma,
+            power=args.ema_power,
+            foreach=args.foreach_ema,
+            model_cls=UNet2DModel,
+            model_config=unet.config,
+        )
+    return SimpleNamespace(
+        pipeline=DDPMPipeline(unet=unet, scheduler=scheduler),
+        unet=unet,
+        noise_scheduler=DDPMScheduler.from_config(scheduler.config),  # sampling changes the pipeline's
+        sample_shape=(3, run.resolution, run.resolution),
+        trained=[unet],
+        params_to_optimize=list(unet.parameters()),
+        ema_unet=ema_unet,
+        idle=[],
+    )
+
+
+def load_unet(args):
+    """Loads the UNet and the scheduler of the base model, a pipeline or a UNet alone, in float32."""
+    base, problems = args.pretrained_model_name_or_path, []
+    variants = [args.variant] if args.variant else [None, "fp16"]  # of files in half precision if it has no others
+    for kind, variant in itertools.product((DDPMPipeline, UNet2DModel), variants):
+        try:
+            loaded = kind.from_pretrained(
+                base,
+                revision=args.revision,
+                variant=variant,
+                cache_dir=args.cache_dir,
+                use_safetensors=True,
+                dtype=torch.float32,
+            )
+            break
+        except (OSError, ValueError) as caught:
+            problems.append(f"\n  {kind.__name__}: {caught}")
+    else:
+        listing = "".join(dict.fromkeys(problems))
+        raise SystemExit(f"{base} cannot be loaded from safetensors files, neither as a pipeline nor alone:{listing}")
+    unet, scheduler = (loaded.unet, loaded.scheduler) if kind is DDPMPipeline else (loaded, DDPMScheduler())
+    if not isinstance(unet, UNet2DModel):
+        raise SystemExit(f"{base} is no unconditional model of pixels: its UNet is a {type(unet).__name__}.")
+    # Its files would name a folder of this machine.
+    unet.register_to_config(_name_or_path=Path(base).resolve().name if Path(base).exists() else base)
+    return unet, scheduler
+
+
+def new_unet(args):
+    """Builds a UNet of random weights, drawn from the global generator, as --model_config_name_or_path says."""
+    path, config = args.model_config_name_or_path, NEW_UNET
+    try:
+        if path:
+            config = UNet2DModel.load_config(path, revision=args.revision, cache_dir=args.cache_dir)
+        kind = config.get("_class_name", "UNet2DModel")
+        if kind != "UNet2DModel":
+            raise ValueError(f"it is of a {kind}")
+        config = {name: value for name, value in config.items() if not name.startswith("_")}
+        unet, unknown = UNet2DModel.from_config(config, return_unused_kwargs=True)
+        if unknown:
+            raise ValueError(f"such a model has no {', '.join(unknown)}")
+    except Exception as error:  # anything, from a missing file to numbers that do not fit together
+        raise SystemExit(f"--model_config_name_or_path {path} makes no UNet2DModel: {error}")
+    return unet
+
+
+def check_unet(args, unet):
+    """Refuses a UNet that cannot be trained on pictures of --resolution alone."""
+    multiple = 2 ** (len(unet.config.down_block_types) - 1)
+    if args.resolution % multiple:
+        raise SystemExit(f"--resolution {args.resolution} is not a multiple of {multiple}, as this UNet needs it.")
+    if (unet.config.in_channels, unet.config.out_channels, unet.class_embedding) != (3, 3, None):
+        raise SystemExit("The UNet has to take 3 channels of a picture, give 3, and know no classes.")
+
+
+def choose_schedule(args, scheduler):
+    """Returns a DDPM scheduler with the noise schedule of another, but for what flags say."""
+    given = {
+        "num_train_timesteps": args.ddpm_num_steps,
+        "beta_schedule": args.ddpm_beta_schedule,
+        "prediction_type": args.prediction_type,
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    return DDPMScheduler.from_config(scheduler.config, **changes)
+
+
+def identity(run, models):
+    """Returns what a run has to have in common with the one that it resumes: a base's weights, or else the config."""
+    if run.args.pretrained_model_name_or_path:
+        base = weights_digest(models.unet)
+    else:  # whatever the size of the pictures, and wherever the config is from
+        config = sorted(models.unet.config.items())
+        base = digest([(name, value) for name, value in config if name != "sample_size" and not name.startswith("_")])
+    return {
+        "base model": base,
+        "--use_ema": run.args.use_ema,
+    }
+
+
+def fill_cache(run, models, visits):
+    """There is no frozen model whose work could be kept."""
+
+
+def prepare_training(run, models):
+    """Brings the UNet, its average and a new optimizer to the device; returns the optimizer."""
+    prepare_unet(run, models.unet)
+    if models.ema_unet is not None and not run.args.offload_ema:
+        models.ema_unet.to(run.accelerator.device)
+    groups = [{"params": models.params_to_optimize, "lr": run.args.learning_rate}]
+    models.unet, optimizer = run.accelerator.prepare(models.unet, make_optimizer(run, groups))
+    models.trained = [models.unet]  # as accelerate wrapped it
+    return optimizer
+
+
+def compute_loss(models, batch, args):
+    """Returns the "loss" of a batch, the mean over its samples. It draws nothing: all noise is in the batch."""
+    noise_scheduler = models.noise_scheduler
+    timesteps = batch["timesteps"]
+    clean_images, noise = batch["pixel_values"], batch["noise"]
+    # In float32 whatever the mixed precision: in 16 bits the first timesteps' little noise would be rounded away.
+    noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)
+    target = prediction_target(noise_scheduler, clean_images, noise, timesteps)
+    model_pred = models.unet(noisy_images, timesteps).sample
+    loss = F.mse_loss(model_pred.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+    weights = snr_weights(noise_scheduler, timesteps, args.snr_gamma)
+    return {"loss": (loss * weights).mean()}
+
+
+def after_step(run, models):
+    """Writes the pipeline every --save_model_epochs epochs."""
+    save_steps = run.args.save_model_epochs * run.steps_per_epoch
+    if save_steps == 0 or run.global_step % save_steps:
+        return
+    # Not after a loss that is no number, which is only read later.
+    if all(parameter.isfinite().all() for parameter in models.params_to_optimize):
+        on_main_process(run, save_result, run, models)
+
+
+# What is generated and saved
+
+
+def picture_prompts(args):
+    """Returns the prompts of the validation pictures, one each: empty ones, as there is nothing to say."""
+    return [""] * args.eval_batch_size
+
+
+def sample_picture(run, models, prompt, generator):
+    """Generates a validation picture."""
+    steps = sampling_steps(run.args, models)
+    return models.pipeline(generator=generator, num_inference_steps=steps).images[0]
+
+
+def sampling_steps(args, models):
+    """How many steps a picture is drawn in: no more than the noise schedule has."""
+    return min(args.ddpm_num_inference_steps, models.noise_scheduler.config.num_train_timesteps)
+
+
+def save_weights(models, folder):
+    """Writes the weights that are trained, for a checkpoint: a folder that diffusers loads."""
+    models.pipeline.unet.save_pretrained(folder / "unet")  # the pipeline's is not wrapped for several processes
+
+
+def load_weights(models, folder):
+    """Reads a checkpoint's weights into the models that are being trained."""
+    models.pipeline.unet.load_state_dict(UNet2DModel.from_pretrained(folder / "unet").state_dict())
+
+
+def save_model(run, models):
+    """Writes the result, a pipeline. The averaged weights, if there are any, are in it."""
+    models.pipeline.save_pretrained(run.args.output_dir)
+
+
+def loading_code(run, models, name):
+    """Returns the lines that load the result by its name and make a picture."""
+    return (
+        "from diffusers import DDPMPipeline\n\n"
+        f"pipeline = DDPMPipeline.from_pretrained({name!r})\n"
+        f"pipeline(num_inference_steps={sampling_steps(run.args, models)}).images[0].save('picture.png')"
+    )
+
+
+# === Engine: the same in every script ===
+#
+# It takes the steps, and does whatever a run needs around them. These hooks are all that it asks of a method. Each of
+# them has to be there; in brackets stands what to return where there is nothing to do. In the scripts of Stable
+# Diffusion, their fence has fill_cache and picture_prompts.
+#
+#   PUBLISHED
+#       patterns of the files that are uploaded
+#   CARD
+#       what the model card's header says of the method [{}]
+#   read_records(args) -> records
+#       the pictures, each {"name": path, "rows": None, "captions": [text, ...]}; of a data set, "rows" is that, and
+#       "row" the number in it. The engine adds "digest" and "size" (w, h).
+#   class_records(run) -> records
+#       checked pictures of a subject's class, of which one stands behind each of the others in a batch [[]]
+#   make_sample(samples, key) -> dict
+#       a sample of arrays, numbers and texts, with all that it draws, by samples.rng(key, "a name of the draw")
+#   load_models(run) -> models
+#       a namespace of the pipeline, unet, noise_scheduler, sample_shape (of the noise), trained (models),
+#       params_to_optimize, ema_unet (None if there is no average) and idle (frozen models that no step needs).
+#       It sets run.resolution.
+#   identity(run, models) -> dict
+#       what a run must have in common with the one that it resumes [{}]
+#   fill_cache(run, models, visits)
+#       computes once what frozen models make of the visits, pairs of Samples and keys [nothing]
+#   prepare_training(run, models) -> optimizer
+#       brings the models and their optimizer to the device
+#   compute_loss(models, batch, args) -> dict
+#       the "loss" of a batch of samples, and what else to log
+#   after_step(run, models)
+#       whatever else follows an optimizer step [nothing]
+#   picture_prompts(args) -> prompts
+#       of the validation pictures, one each [[]]
+#   sample_picture(run, models, prompt, generator) -> PIL image
+#       generates a validation picture
+#   save_weights(models, folder)
+#       writes the weights that are trained, for a checkpoint; the engine writes their average
+#   load_weights(models, folder)
+#       reads it back
+#   save_model(run, models)
+#       writes the result to args.output_dir
+#   loading_code(run, models, name) -> text
+#       the lines that load the result by its name, and make a picture
+
+
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+VALIDATION_DRAWS = 4  # noises and timesteps for each held-out picture
+STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1"} & {*dir(signal)}
 UNSAVED = {"config", "hub_token", "overwrite_output_dir", "resume_from_checkpoint"}
 
 
-# Data
+def train(run, models, data, optimizer, lr_scheduler):
+    """Takes the optimizer steps that are left, logging, validating and saving as asked; a signal ends it early."""
+    args, accelerator = run.args, run.accelerator
+    batches = load_batches(run, data)
+    validations = steps_to_validate(run, data)
+    if run.global_step in validations:  # step 0, or one due when the checkpoint was written, as saving comes first
+        validate(run, models, data)
+    progress_bar = tqdm(
+        desc="training",
+        total=run.max_train_steps,
+        initial=run.global_step,
+        disable=not accelerator.is_main_process,
+    )
+    for model in models.trained:
+        model.train()
+    unread = []  # finished steps whose numbers are still on the device
+    last_time = time.perf_counter()
+    for step in range(run.global_step, run.max_train_steps):
+        losses = Counter()
+        for micro_step in range(args.gradient_accumulation_steps):
+            # Only dropout inside the models draws from the global generator.
+            torch.manual_seed(int(digest(run.seed, step, micro_step, accelerator.process_index)[:8], 16))
+            batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
+            with accelerator.accumulate(*models.trained):
+                with accelerator.autocast():
+                    micro_losses = compute_loss(models, batch, args)
+                accelerator.backward(micro_losses["loss"])
+                for name, loss in micro_losses.items():
+                    losses[name] += loss.detach() / args.gradient_accumulation_steps
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(models.params_to_optimize, args.max_grad_norm or math.inf)
+                optimizer.step()  # this and the next do nothing before the last micro-step: accelerate sees to it
+                optimizer.zero_grad()
+        run.global_step = step + 1
+        row = {"step": run.global_step, "lr": lr_scheduler.get_last_lr()[0]}
+        skipped = accelerator.optimizer_step_was_skipped  # after an overflow that the scaler of fp16 handles
+        if not skipped:
+            run.optimizer_steps += 1
+            lr_scheduler.step()
+            update_average(run, models)
+            after_step(run, models)
+        keys, now = data.step_keys(step), time.perf_counter()
+        row["images_per_second"] = len(keys) / (now - last_time)
+        row["memory_gib"] = peak_memory(accelerator)
+        last_time = now
+        unread.append(FinishedStep(run, row, keys, losses, grad_norm, skipped))
+
+        validate_now = run.global_step in validations
+        save_now = args.checkpointing_steps and run.global_step % args.checkpointing_steps == 0
+        # Read one step late, so that the device always has work, or at once where something follows from the numbers.
+        read_now = validate_now or save_now or run.global_step == run.max_train_steps
+        asked_to_stop = log_steps(run, data, progress_bar, unread, keep=0 if read_now else 1)
+        if run.stop.signum and accelerator.num_processes == 1:  # no other rank has to hear of it first
+            asked_to_stop = True
+        if asked_to_stop:
+            log_steps(run, data, progress_bar, unread, keep=0)
+        # Saved before it is validated: a stop in a long validation then loses no step, and resuming validates again.
+        if save_now or asked_to_stop:
+            save_checkpoint(run, models)
+        if asked_to_stop:
+            accelerator.print(f"\nStopped after step {step + 1}, and saved: --resume_from_checkpoint latest goes on.")
+            run.stop.exit_if_asked()
+        if validate_now:
+            validate(run, models, data)
+        if save_now or validate_now:
+            last_time = time.perf_counter()
+    progress_bar.close()
+
+
+# The run and its data
+
+
+@dataclasses.dataclass
+class Run:
+    """What a run knows, apart from its models and its data. Functions take it as run."""
+
+    args: argparse.Namespace  # as given; nothing writes to it
+    accelerator: Accelerator
+    stop: "StopFlag"
+    # What a checkpoint carries on.
+    seed: int
+    tracker_id: str
+    global_step: int = 0  # optimizer steps so far, also those that the scaler of fp16 skipped
+    optimizer_steps: int = 0  # without those
+    identity: dict = dataclasses.field(default_factory=dict)  # of base, data and method, which may not change
+    # What the flags leave open.
+    resolution: int = 0  # side of a sample in pixels
+    total_batch_size: int = 0  # samples of an optimizer step, over all processes; class pictures come on top
+    steps_per_epoch: int = 0
+    max_train_steps: int = 0
+    validation_steps: int = 0
+
+    def settings(self):
+        """Returns the flags as given, and what the run made of those that left it open."""
+        given = {name: value for name, value in vars(self.args).items() if name not in UNSAVED}
+        return given | {
+            "seed": self.seed,
+            "resolution": self.resolution,
+            "max_train_steps": self.max_train_steps,
+            "validation_steps": self.validation_steps,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "num_processes": self.accelerator.num_processes,
+        }
+
+
+class Data:
+    """The samples of a run and the order in which its steps take them."""
+
+    def __init__(self, run, samples, held_out, sizes):
+        self.samples, self.held_out = samples, held_out
+        self.total_batch_size, self.sizes, self.seed = run.total_batch_size, sizes, run.seed
+
+    def step_keys(self, step):
+        """The (epoch, index) keys of an optimizer step's samples, over all ranks and micro-steps."""
+        return step_keys(step, self.total_batch_size, self.sizes, self.seed)
+
+
+def generator(seed, epoch, index, stream):
+    """Returns the generator of one kind of draw, named by its stream, for one sample of one epoch."""
+    return np.random.default_rng((seed, epoch, index, zlib.crc32(stream.encode())))
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(seed, epoch, size):
+    """The order of one pass over the data."""
+    return generator(seed, epoch, size, "order").permutation(size)
+
+
+def step_keys(step, total_batch_size, sizes, seed):
+    """The keys of an optimizer step, cut from one endless stream of shuffled passes over the data.
+
+    sizes: how many pictures there are, and how many class pictures; of these, one stands behind each of the others.
+    """
+    pictures, class_pictures = sizes
+    keys = []
+    for place in range(step * total_batch_size, (step + 1) * total_batch_size):
+        epoch, i = divmod(place, pictures)
+        keys.append((epoch, int(permutation(seed, epoch, pictures)[i])))
+    if not class_pictures:
+        return keys
+    pairs = zip(keys, step_keys(step, total_batch_size, (class_pictures, 0), seed))
+    return [key for first, (epoch, index) in pairs for key in (first, (epoch, pictures + index))]
+
+
+class Crop(typing.NamedTuple):
+    """What is made of a picture, but for its noise: the one at index, resized, cut out from left and top, mirrored."""
+
+    index: int
+    width: int
+    height: int
+    left: int
+    top: int
+    flip: bool
+
+
+class Samples(torch.utils.data.Dataset):
+    """Samples by key (epoch, index), each a function of seed, key and picture, whatever the batch, worker or flags."""
+
+    def __init__(self, args, records, seed, resolution, sample_shape, num_train_timesteps):
+        self.args, self.records, self.seed, self.resolution = args, records, seed, resolution
+        self.sample_shape, self.num_train_timesteps = sample_shape, num_train_timesteps
+        self.cached_latents = {}  # files by crop, filled by fill_cache
+        self.cached_embeddings = {}  # files by caption
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, key):
+        return make_sample(self, key)
+
+    def rng(self, key, stream):
+        """Returns the generator of one kind of draw for a sample."""
+        return generator(self.seed, *key, stream)
+
+    def choose_crop(self, key):
+        """Draws where a sample is cut out of its picture, and whether it is mirrored."""
+        index, side = key[1], self.resolution
+        shorter = min(self.records[index]["size"])
+        width, height = (max(side, round(length * side / shorter)) for length in self.records[index]["size"])
+        x, y = (0.5, 0.5) if self.args.center_crop else self.rng(key, "crop").random(2)
+        left, top = int(x * (width - side + 1)), int(y * (height - side + 1))
+        flip = self.args.random_flip and bool(self.rng(key, "flip").random() < 0.5)
+        return Crop(index, width, height, left, top, flip)
+
+    def pixels(self, crop):
+        """Resizes, crops and flips a picture to float32 in [-1, 1], shape (3, resolution, resolution)."""
+        resample = Image.Resampling[self.args.image_interpolation_mode.removesuffix("_exact").upper()]
+        image = open_image(read_bytes(self.records[crop.index])).resize((crop.width, crop.height), resample)
+        image = image.crop((crop.left, crop.top, crop.left + self.resolution, crop.top + self.resolution))
+        image = np.array(ImageOps.mirror(image) if crop.flip else image, dtype=np.float32).clip(0, 255)
+        image = image if image.ndim == 3 else np.stack([image] * 3, axis=-1)
+        return torch.from_numpy(image).permute(2, 0, 1).contiguous() / 127.5 - 1
+
+
+def load_batches(run, data):
+    """Yields this rank's batches of the steps that are left: its slice of a step's keys for each micro-step."""
+    rank, world_size = run.accelerator.process_index, run.accelerator.num_processes
+    steps, micro_steps = range(run.global_step, run.max_train_steps), run.args.gradient_accumulation_steps
+
+    def batch_keys():
+        for step in steps:
+            keys = data.step_keys(step)
+            batch_size = len(keys) // (micro_steps * world_size)
+            for micro_step in range(micro_steps):
+                first = (micro_step * world_size + rank) * batch_size
+                yield keys[first : first + batch_size]
+
+    return iter(
+        torch.utils.data.DataLoader(
+            data.samples,
+            batch_sampler=batch_keys(),
+            pin_memory=run.accelerator.device.type == "cuda",
+            num_workers=run.args.dataloader_num_workers,
+            worker_init_fn=ignore_signals,
+        )
+    )
+
+
+# Pictures and their checks
 
 
 def digest(*parts):
@@ -295,43 +927,14 @@ def digest(*parts):
     return blake.hexdigest()
 
 
+def weights_digest(model):
+    """Names a model by its layers and the values of its weights."""
+    return digest(repr(model), *(tensor.contiguous().numpy() for tensor in model.state_dict().values()))
+
+
 def list_files(folder):
     """Lists the files under a folder, sorted; hidden ones are left out, links to folders are followed."""
     return sorted(Path(file) for file in glob.glob(f"{glob.escape(str(folder))}/**", recursive=True))
-
-
-def read_rows(args, files, columns):
-    """Lists the rows of a Hub or parquet data set; the pictures stay encoded.
-
-    columns: the names of the columns of pictures and, if there are any, of captions, by the flags that gave them.
-    """
-    try:
-        parquet = {"path": "parquet", "data_files": {"train": [str(file) for file in files]}}
-        source = {"path": args.dataset_name, "name": args.dataset_config_name} if args.dataset_name else parquet
-        rows = datasets.load_dataset(**source, split="train", cache_dir=args.cache_dir)
-    except Exception as error:  # anything, from an unknown name to a broken file
-        raise SystemExit(f"The data set {args.dataset_name or files[0].parent} cannot be loaded: {error}")
-    for flag, column in columns.items():
-        if column not in rows.column_names:
-            raise SystemExit(f"{flag} {column} is not among the data set's columns {', '.join(rows.column_names)}.")
-    image_column, *caption_column = columns.values()
-    captions = rows[caption_column[0]][:] if caption_column else [None] * len(rows)
-    rows = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-    return [{"name": f"row {i}", "rows": rows, "row": i, "captions": captions[i]} for i in range(len(rows))]
-
-
-def read_records(args):
-    """Lists the pictures of --dataset_name or --train_data_dir in an order that is the same everywhere."""
-    files = [] if args.dataset_name else list_files(args.train_data_dir)
-    parquet = [file for file in files if file.suffix == ".parquet"]
-    if args.dataset_name or parquet:
-        records = read_rows(args, parquet, {"--image_column": args.image_column})
-    else:
-        pictures = [file for file in files if file.suffix.lower() in PICTURES]
-        records = [{"name": str(file), "rows": None} for file in pictures]
-    if not records:
-        raise SystemExit(f"{args.dataset_name or args.train_data_dir} holds no pictures {sorted(PICTURES)}.")
-    return [{**record, "captions": [""]} for record in records]
 
 
 def read_bytes(record):
@@ -373,12 +976,12 @@ def check_record(record, stop):
 
 def stamp(record):
     """Names a picture's state without reading it: by its file's size and time, or its data set's fingerprint."""
-    file = Path(record["name"])
+    has_caption = bool(record["captions"])
     if record["rows"] is not None:
-        state = (record["rows"]._fingerprint, record["row"])
-    else:
-        state = (str(file.absolute()), *((file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else ()))
-    return digest(*state, bool(record["captions"]))
+        return digest(record["rows"]._fingerprint, record["row"], has_caption)
+    file = Path(record["name"])
+    size_and_time = (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else ()
+    return digest(str(file.absolute()), *size_and_time, has_caption)
 
 
 def read_manifest(file):
@@ -389,34 +992,46 @@ def read_manifest(file):
         return {}
 
 
-def check_records(accelerator, args, records, stop):
+def check_records(run, records):
     """Decodes every picture once, lists all bad ones, and returns the good ones with their "digest" and "size" (w, h).
 
     A manifest of names, sizes and modification times in the cache folder spares unchanged files the next time.
     """
+    main_process = run.accelerator.is_main_process
     rows, folder = records[0]["rows"], str(Path(records[0]["name"]).absolute().parent)
-    manifest = cache_folder(args) / "checked" / digest(folder if rows is None else rows._fingerprint)
+    manifest = cache_folder(run.args) / "checked" / digest(folder if rows is None else rows._fingerprint)
+    known = together(read_manifest, manifest, on=main_process, folder=manifest.parent)
     stamps = gather_object([[stamp(record) for record in records]])[0]  # rank 0's: its copies may have other times
-    known = agree(manifest.parent, accelerator.is_main_process, read_manifest, manifest)
-    new = [i for i in range(len(records)) if stamps[i] not in known]
-    mine = new[accelerator.process_index :: accelerator.num_processes]
-    quiet = not mine or not accelerator.is_main_process
-    found = thread_map(check_record, [records[i] for i in mine], [stop] * len(mine), desc="checking", disable=quiet)
-    found = dict(gather_object(list(zip(mine, found))))
+    found = check_new(run, records, [i for i in range(len(records)) if stamps[i] not in known])
     bad = {i: found[i] for i in sorted(found) if isinstance(found[i], str)}
-    known.update({stamps[i]: result for i, result in found.items() if i not in bad})
-    if not args.no_encoding_cache:
-        text = json.dumps({key: known[key] for key in stamps if key in known})
-        agree(manifest.parent, accelerator.is_main_process, replace_file, manifest, text.encode())
-    stop.exit_if_asked()
+    for i in found.keys() - bad.keys():
+        known[stamps[i]] = found[i]
+    if not run.args.no_encoding_cache:
+        text = json.dumps({name: known[name] for name in stamps if name in known})
+        together(replace_file, manifest, text.encode(), on=main_process, folder=manifest.parent)
+    run.stop.exit_if_asked()
     if bad:
-        listing = "".join(f"\n  {records[i]['name']} {reason}" for i, reason in bad.items())
-        listing = f"{len(bad)} of {len(records)} pictures cannot be used:{listing}"
-        if args.on_bad_image == "error" or len(bad) == len(records):
-            raise SystemExit(f"{listing}\nMend or remove them, or leave them out by --on_bad_image skip.")
-        accelerator.print(listing)
+        report_bad(run, records, bad)
     good = [i for i in range(len(records)) if i not in bad]
     return [{**records[i], "digest": known[stamps[i]][0], "size": known[stamps[i]][1:]} for i in good]
+
+
+def check_new(run, records, new):
+    """Checks the pictures at some places among the records, in threads and by turns; returns the findings by place."""
+    mine = new[run.accelerator.process_index :: run.accelerator.num_processes]
+    quiet = not mine or not run.accelerator.is_main_process
+    check = functools.partial(check_record, stop=run.stop)
+    found = thread_map(check, [records[i] for i in mine], desc="checking", disable=quiet)
+    return dict(gather_object(list(zip(mine, found))))
+
+
+def report_bad(run, records, bad):
+    """Lists the pictures that cannot be used, by place why; ends the run unless it is to skip them."""
+    listing = "".join(f"\n  {records[i]['name']} {reason}" for i, reason in bad.items())
+    listing = f"{len(bad)} of {len(records)} pictures cannot be used:{listing}"
+    if run.args.on_bad_image == "error" or len(bad) == len(records):
+        raise SystemExit(f"{listing}\nMend or remove them, or leave them out by --on_bad_image skip.")
+    run.accelerator.print(listing)
 
 
 def split_records(args, records, seed):
@@ -426,156 +1041,6 @@ def split_records(args, records, seed):
         raise SystemExit(f"--validation_samples {args.validation_samples} leaves none of {len(chosen)} to train on.")
     held_out = {chosen[i * len(chosen) // args.validation_samples] for i in range(args.validation_samples)}
     return [records[i] for i in chosen if i not in held_out], [records[i] for i in sorted(held_out)]
-
-
-@functools.lru_cache(maxsize=2)
-def permutation(seed, epoch, size):
-    """The order of one pass over the data."""
-    # The fourth word keeps this apart from the samples' (seed, epoch, index).
-    return np.random.default_rng((seed, epoch, size, 1)).permutation(size)
-
-
-def step_keys(step, total_batch_size, size, seed):
-    """The (epoch, index) keys of an optimizer step, cut from one endless stream of shuffled passes over the data."""
-    places = range(step * total_batch_size, (step + 1) * total_batch_size)
-    return [(place // size, int(permutation(seed, place // size, size)[place % size])) for place in places]
-
-
-class Samples(torch.utils.data.Dataset):
-    """Samples by key (epoch, index), each a function of seed, key and picture, whatever the batch, worker or flags.
-
-    A sample holds float32 arrays of the latents' shape (4, h, w): "noise", "perturbation" and "posterior_noise";
-    "offset_noise" (4, 1, 1); "timesteps"; "caption" and its cached embeddings; the latents' cached "mean" and "std",
-    or else "pixel_values" (3, resolution, resolution) in [-1, 1]; and for SDXL "time_ids" (6,), in pixels: the file's
-    height and width, the crop's top and left, the sample's height and width.
-    """
-
-    def __init__(self, args, records, seed, latent_shape, num_train_timesteps):
-        self.args, self.records, self.seed = args, records, seed
-        self.latent_shape, self.num_train_timesteps = latent_shape, num_train_timesteps
-        self.proportion_empty = vars(args).get("proportion_empty_prompts", 0)  # what has no captions has no such flag
-        self.cached = {}  # files of variants' latents and captions' embeddings, filled by fill_cache
-
-    def __len__(self):
-        return len(self.records)
-
-    def place(self, key):
-        """Draws crop, flip and caption; returns the generator for the draws that follow, the variant, the caption."""
-        epoch, index = key
-        rng = np.random.default_rng((self.seed, epoch, index))
-        # Always all draws, in one order, so that a flag that is off shifts nothing.
-        left, top, flip, choice, drop = rng.random(5)
-        side, record = self.args.resolution, self.records[index]
-        width, height = (max(side, round(length * side / min(record["size"]))) for length in record["size"])
-        if self.args.center_crop:
-            left = top = 0.5
-        corner = (int(left * (width - side + 1)), int(top * (height - side + 1)))
-        variant = (index, (width, height), corner, bool(self.args.random_flip and flip < 0.5))
-        caption = record["captions"][int(choice * len(record["captions"]))]
-        return rng, variant, "" if drop < self.proportion_empty else caption
-
-    def pixels(self, variant):
-        """Resizes, crops and flips a picture to float32 in [-1, 1], shape (3, resolution, resolution)."""
-        index, size, (left, top), flip = variant
-        resample = Image.Resampling[self.args.image_interpolation_mode.removesuffix("_exact").upper()]
-        image = open_image(read_bytes(self.records[index])).resize(size, resample)
-        image = image.crop((left, top, left + self.args.resolution, top + self.args.resolution))
-        image = np.array(ImageOps.mirror(image) if flip else image, dtype=np.float32).clip(0, 255)
-        image = image if image.ndim == 3 else np.stack([image] * 3, axis=-1)
-        return torch.from_numpy(image).permute(2, 0, 1).contiguous() / 127.5 - 1
-
-    def __getitem__(self, key):
-        rng, variant, caption = self.place(key)
-        index, (width, _), (left, top), flip = variant
-        side = self.args.resolution
-        # Of the picture as it was mirrored, since the crop shows its other side then (arXiv:2307.01952, section 2.2).
-        corner = (top, width - side - left if flip else left)
-        time_ids = np.array([*self.records[index]["size"][::-1], *corner, side, side], dtype=np.float32)
-        example = {"caption": caption, "time_ids": time_ids}
-        for name in ("posterior_noise", "noise", "perturbation"):
-            example[name] = rng.standard_normal(self.latent_shape, dtype=np.float32)
-        example["offset_noise"] = rng.standard_normal((self.latent_shape[0], 1, 1), dtype=np.float32)
-        example["timesteps"] = rng.integers(self.num_train_timesteps)
-        if variant not in self.cached:
-            example["pixel_values"] = self.pixels(variant)
-        for file in {variant, caption} & self.cached.keys():
-            example.update(load_file(self.cached[file]))
-        return example
-
-
-# Models
-
-
-def weights_digest(model):
-    """Names a model by its layers and the values of its weights."""
-    return digest(repr(model), *(tensor.contiguous().numpy() for tensor in model.state_dict().values()))
-
-
-def load_base(args):
-    """Loads the UNet and the scheduler of the base model, a pipeline or a UNet alone, in float32."""
-    base, problems = args.pretrained_model_name_or_path, []
-    files = {"revision": args.revision, "cache_dir": args.cache_dir, "use_safetensors": True, "dtype": torch.float32}
-    variants = [args.variant] if args.variant else [None, "fp16"]  # of files in half precision if it has no others
-    for kind, variant in itertools.product((DDPMPipeline, UNet2DModel), variants):
-        try:
-            loaded = kind.from_pretrained(base, variant=variant, **files)
-            break
-        except (OSError, ValueError) as caught:
-            problems.append(f"\n  {kind.__name__}: {caught}")
-    else:
-        listing = "".join(dict.fromkeys(problems))
-        raise SystemExit(f"{base} cannot be loaded from safetensors files, neither as a pipeline nor alone:{listing}")
-    unet, scheduler = (loaded.unet, loaded.scheduler) if kind is DDPMPipeline else (loaded, DDPMScheduler())
-    if not isinstance(unet, UNet2DModel):
-        raise SystemExit(f"{base} is no unconditional model of pixels: its UNet is a {type(unet).__name__}.")
-    unet.register_to_config(_name_or_path=Path(base).resolve().name if Path(base).exists() else base)
-    return unet, scheduler
-
-
-def new_unet(args):
-    """Builds a UNet of random weights, drawn from the global generator, as --model_config_name_or_path says."""
-    path, config = args.model_config_name_or_path, NEW_UNET
-    try:
-        if path:
-            config = UNet2DModel.load_config(path, revision=args.revision, cache_dir=args.cache_dir)
-        if (kind := config.get("_class_name", "UNet2DModel")) != "UNet2DModel":
-            raise ValueError(f"it is of a {kind}")
-        config = {name: value for name, value in config.items() if not name.startswith("_")}
-        unet, unknown = UNet2DModel.from_config(config, return_unused_kwargs=True)
-        if unknown:
-            raise ValueError(f"such a model has no {', '.join(unknown)}")
-    except Exception as error:  # anything, from a missing file to numbers that do not fit together
-        raise SystemExit(f"--model_config_name_or_path {path} makes no UNet2DModel: {error}")
-    return unet
-
-
-def load_models(args):
-    """Loads the base model's UNet and noise schedule, or makes new ones; keeps an average if --use_ema asks for it."""
-    base = args.pretrained_model_name_or_path
-    unet, scheduler = load_base(args) if base else (new_unet(args), DDPMScheduler())
-    multiple = 2 ** (len(unet.config.down_block_types) - 1)
-    if args.resolution % multiple:
-        raise SystemExit(f"--resolution {args.resolution} is not a multiple of {multiple}, as this UNet needs it.")
-    if (unet.config.in_channels, unet.config.out_channels, unet.class_embedding) != (3, 3, None):
-        raise SystemExit("The UNet has to take 3 channels of a picture, give 3, and know no classes.")
-    unet.register_to_config(sample_size=args.resolution)  # the size of the pictures that a pipeline makes with it
-    given = {"num_train_timesteps": args.ddpm_num_steps, "beta_schedule": args.ddpm_beta_schedule}
-    given["prediction_type"] = args.prediction_type
-    given = {name: value for name, value in given.items() if value is not None}
-    scheduler = DDPMScheduler.from_config(scheduler.config, **given)
-    args.ddpm_num_inference_steps = min(args.ddpm_num_inference_steps, scheduler.config.num_train_timesteps)
-
-    models = SimpleNamespace(pipeline=DDPMPipeline(unet=unet, scheduler=scheduler), unet=unet)
-    config = [(n, v) for n, v in sorted(unet.config.items()) if not n.startswith("_") and n != "sample_size"]
-    models.base_digest = weights_digest(unet) if base else digest(config)
-    models.noise_scheduler = DDPMScheduler.from_config(scheduler.config)  # sampling changes the pipeline's
-    models.ema_unet = None
-    if args.use_ema:
-        decay = {"decay": args.ema_max_decay, "inv_gamma": args.ema_inv_gamma, "power": args.ema_power}
-        config = {"model_cls": UNet2DModel, "model_config": unet.config, "use_ema_warmup": True}
-        models.ema_unet = EMAModel(unet.parameters(), foreach=args.foreach_ema, **decay, **config)
-    models.trained, models.params_to_optimize, models.idle = [unet], list(unet.parameters()), []
-    return models
 
 
 def cache_folder(args):
@@ -595,7 +1060,19 @@ def replace_file(path, data):
         beside.unlink(missing_ok=True)
 
 
-# Objective
+# What the losses of all methods have in common
+
+
+def prediction_target(noise_scheduler, clean, noise, timesteps):
+    """Returns what the UNet is asked for, of the samples' shape: the noise, the velocity or the sample itself.
+
+    The velocity is that of Salimans and Ho 2022, arXiv:2202.00512, appendix D.
+    """
+    if noise_scheduler.config.prediction_type == "epsilon":
+        return noise
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        return noise_scheduler.get_velocity(clean, noise, timesteps)
+    return clean
 
 
 def snr_weights(noise_scheduler, timesteps, snr_gamma):
@@ -607,35 +1084,19 @@ def snr_weights(noise_scheduler, timesteps, snr_gamma):
     return snr.clamp(max=snr_gamma) / divisor
 
 
-def compute_loss(models, batch, args):
-    """Returns the "loss" of a batch, the mean over its samples: of their noise in the batch, and of nothing else."""
-    timesteps, noise_scheduler = batch["timesteps"], models.noise_scheduler
-    clean_images, noise = batch["pixel_values"], batch["noise"]
-    # In float32 whatever the mixed precision: in 16 bits the first timesteps' little noise would be rounded away.
-    noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)
-    velocity = noise_scheduler.get_velocity(clean_images, noise, timesteps)
-    targets = {"epsilon": noise, "v_prediction": velocity, "sample": clean_images}
-    target = targets[noise_scheduler.config.prediction_type]
-    model_pred = models.unet(noisy_images, timesteps).sample
-    loss = F.mse_loss(model_pred.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
-    return {"loss": (loss * snr_weights(noise_scheduler, timesteps, args.snr_gamma)).mean()}
+# The average of the weights
 
 
-# Validation
-
-
-def picture_prompts(args):
-    """Returns the prompts of the validation pictures, one each: empty ones, as there is nothing to say."""
-    return [""] * args.eval_batch_size
-
-
-def sample_picture(args, models, prompt, generator):
-    """Draws a validation picture."""
-    return models.pipeline(generator=generator, num_inference_steps=args.ddpm_num_inference_steps).images[0]
+def update_average(run, models):
+    """Moves the average of the weights, if there is one, towards them after an optimizer step."""
+    if models.ema_unet is not None:
+        models.ema_unet.to(run.accelerator.device)
+        models.ema_unet.step(models.params_to_optimize)
+        models.ema_unet.to("cpu" if run.args.offload_ema else run.accelerator.device)
 
 
 @contextlib.contextmanager
-def weights_to_save(models):
+def averaged_weights(models):
     """Swaps the averaged weights in, if there are any, and the training ones back afterwards."""
     if models.ema_unet is not None:
         models.ema_unet.store(models.params_to_optimize)
@@ -647,16 +1108,23 @@ def weights_to_save(models):
             models.ema_unet.restore(models.params_to_optimize)
 
 
-def after_step(accelerator, args, models, state):
-    """Moves the average of the weights towards them after an optimizer step, and writes the pipeline if it is time."""
+def load_average(models, folder):
+    """Reads a checkpoint's average of the weights, if there is one."""
     if models.ema_unet is not None:
-        models.ema_unet.to(accelerator.device)
-        models.ema_unet.step(models.params_to_optimize)
-        models.ema_unet.to("cpu" if args.offload_ema else accelerator.device)
-    if args.save_model_steps and state.global_step % args.save_model_steps == 0:
-        # A loss that is no number is only read later.
-        if all(parameter.isfinite().all() for parameter in models.params_to_optimize):
-            agree(args.output_dir, accelerator.is_main_process, save_model, args, models)
+        saved = EMAModel.from_pretrained(folder / "unet_ema", type(models.pipeline.unet))
+        models.ema_unet.optimization_step = saved.optimization_step
+        for shadow, parameter in zip(models.ema_unet.shadow_params, saved.shadow_params):
+            shadow.copy_(parameter)
+
+
+# Validation and logging
+
+
+def steps_to_validate(run, data):
+    """The steps after which there is a validation: none if there is nothing to measure or to draw."""
+    if not picture_prompts(run.args) and not len(data.held_out):
+        return set()
+    return {*range(0, run.max_train_steps, run.validation_steps), run.max_train_steps}
 
 
 def validation_keys(held_out):
@@ -665,73 +1133,114 @@ def validation_keys(held_out):
 
 
 @torch.no_grad()
-def log_validation(accelerator, args, models, held_out, state, stop):
+def validate(run, models, data):
     """Logs the held-out loss and a row of pictures; ranks take turns at both."""
     for model in (*models.idle, *models.trained):
-        model.to(accelerator.device).eval()
-    models.pipeline.set_progress_bar_config(disable=True)
-    turns = slice(accelerator.process_index, None, accelerator.num_processes)
-    prompts = list(enumerate(picture_prompts(args)))
-    losses, images = [], []
-    with weights_to_save(models), accelerator.autocast():
-        for key in validation_keys(held_out)[turns]:
-            if stop.signum:
-                break
-            batch = send_to_device(torch.utils.data.default_collate([held_out[key]]), accelerator.device)
-            losses.append(compute_loss(models, batch, args)["loss"].item())
-        for i, prompt in tqdm(prompts[turns], "sampling", leave=False, disable=not accelerator.is_main_process):
-            if stop.signum:
-                break
-            images.append((i, sample_picture(args, models, prompt, torch.Generator().manual_seed(i))))
+        model.to(run.accelerator.device).eval()
+    with averaged_weights(models), run.accelerator.autocast():
+        losses = held_out_losses(run, models, data.held_out)
+        images = validation_pictures(run, models)
     for model in models.trained:
         model.train()
     for model in models.idle:
         model.to("cpu")
-    losses = gather_object(losses)
-    if losses and len(losses) == len(validation_keys(held_out)):
-        log_row(accelerator, args, {"step": state.global_step, "validation_loss": math.fsum(losses) / len(losses)})
-    images = [image for _, image in sorted(gather_object(images), key=lambda pair: pair[0])]
-    if accelerator.is_main_process and images and len(images) == len(prompts):
-        grid = Path(args.output_dir, "samples", f"step-{state.global_step:06d}.png")
-        make_image_grid(images, 1, len(images)).save(grid)
-        for tracker in accelerator.trackers:
-            if hasattr(tracker, "log_images"):
-                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"validation": np.stack(images)}, step=state.global_step, **layout)
+    losses, images = gather_object(losses), sorted(gather_object(images), key=lambda pair: pair[0])
+    if losses and len(losses) == len(validation_keys(data.held_out)):  # else a signal came between
+        log_row(run, {"step": run.global_step, "validation_loss": math.fsum(losses) / len(losses)})
+    if images and len(images) == len(picture_prompts(run.args)) and run.accelerator.is_main_process:
+        log_pictures(run, [image for _, image in images])
 
 
-def log_row(accelerator, args, row):
+def held_out_losses(run, models, held_out):
+    """Measures this rank's share of the held-out pictures."""
+    losses = []
+    for key in validation_keys(held_out)[run.accelerator.process_index :: run.accelerator.num_processes]:
+        if not run.stop.signum:
+            batch = send_to_device(torch.utils.data.default_collate([held_out[key]]), run.accelerator.device)
+            losses.append(compute_loss(models, batch, run.args)["loss"].item())
+    return losses
+
+
+def validation_pictures(run, models):
+    """Generates this rank's share of the validation pictures: pairs of a prompt's place and its picture."""
+    main_process, images = run.accelerator.is_main_process, []
+    models.pipeline.set_progress_bar_config(disable=True)
+    prompts = list(enumerate(picture_prompts(run.args)))
+    mine = prompts[run.accelerator.process_index :: run.accelerator.num_processes]
+    for i, prompt in tqdm(mine, "sampling", leave=False, disable=not main_process):
+        if not run.stop.signum:
+            images.append((i, sample_picture(run, models, prompt, torch.Generator().manual_seed(i))))
+    return images
+
+
+def log_pictures(run, images):
+    """Writes a row of pictures to samples/ and sends them to the trackers."""
+    grid = Path(run.args.output_dir, "samples", f"step-{run.global_step:06d}.png")
+    make_image_grid(images, 1, len(images)).save(grid)
+    for tracker in run.accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"validation": np.stack(images)}, step=run.global_step, **layout)
+
+
+def log_row(run, row):
     """Appends a row of numbers to metrics.jsonl and sends it to the trackers."""
-    if accelerator.is_main_process:
-        with open(Path(args.output_dir, args.logging_dir, "metrics.jsonl"), "a") as metrics:
+    if run.accelerator.is_main_process:
+        with open(Path(run.args.output_dir, run.args.logging_dir, "metrics.jsonl"), "a") as metrics:
             metrics.write(json.dumps(row) + "\n")
-    accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+    run.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
 
 
-def log_steps(accelerator, args, samples, progress_bar, unread, keep):
+class FinishedStep:
+    """What is logged of a step. Its numbers, means over the ranks, stay on the device until they are read."""
+
+    def __init__(self, run, row, keys, losses, grad_norm, skipped):
+        self.row, self.keys, self.names = row, keys, [*losses, "grad_norm", "skipped", "asked_to_stop"]
+        loss = losses["loss"]
+        # Filled on the device: a number copied to it would make it wait.
+        flags = [torch.full_like(loss, float(flag)) for flag in (skipped, run.stop.signum > 0)]
+        numbers = torch.stack([*losses.values(), torch.as_tensor(grad_norm).to(loss), *flags])
+        self.numbers = run.accelerator.reduce(numbers, "mean")
+
+    def read(self):
+        """Waits for the numbers; returns them by their names."""
+        return dict(zip(self.names, self.numbers.tolist()))
+
+
+def log_steps(run, data, progress_bar, unread, keep):
     """Logs finished steps until only keep are unread; returns whether any rank was asked to stop.
 
     A loss that is not finite ends the run.
     """
     asked_to_stop = False
     while len(unread) > keep:
-        row, keys, names, numbers = unread.pop(0)
-        *losses, row["grad_norm"], skipped, asked = numbers.tolist()  # waits for the device
-        row.update(zip(names, losses))
+        step = unread.pop(0)
+        numbers = step.read()
+        skipped = numbers.pop("skipped")
+        asked_to_stop |= numbers.pop("asked_to_stop") > 0
+        row = step.row | numbers
         if not skipped and not math.isfinite(row["loss"] + row["grad_norm"]):
-            names = "\n  ".join(sorted({samples.records[index]["name"] for _, index in keys}))
+            files = "\n  ".join(sorted({data.samples.records[index]["name"] for _, index in step.keys}))
             raise SystemExit(
                 f"Step {row['step']} has loss {row['loss']} and gradient norm {row['grad_norm']}, so the run "
-                f"stops; earlier checkpoints are good. Lower the learning rate, or look at its pictures:\n  {names}"
+                f"stops; earlier checkpoints are good. Lower the learning rate, or look at its pictures:\n  {files}"
             )
-        log_row(accelerator, args, row)
+        log_row(run, row)
         progress_bar.update()
         progress_bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_second']:.1f} images/s")
-        asked_to_stop |= asked > 0
     return asked_to_stop
 
 
-# Checkpoints and stopping
+def peak_memory(accelerator):
+    """Peak memory of the GPU since the last call, or the process's memory now on a CPU, in GiB."""
+    if accelerator.device.type != "cuda":
+        return psutil.Process().memory_info().rss / 2**30
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
+# Stopping
 
 
 class StopFlag:
@@ -763,14 +1272,15 @@ def ignore_signals(worker):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def agree(folder, here, function, *arguments):
-    """Calls a function that may write to a folder where here is true; returns rank 0's result on every rank.
+def together(function, *arguments, on, folder):
+    """Calls a function on the ranks where on is true; returns rank 0's result on every rank.
 
     If it fails on one rank, all end, and hear of it here before any waits in a barrier for the one that failed.
+    folder: where it writes, for the message of a full disk.
     """
     result, problem = None, None
     try:
-        result = function(*arguments) if here else None
+        result = function(*arguments) if on else None
     except SystemExit as refusal:
         problem = str(refusal)
     except torch.cuda.OutOfMemoryError as error:
@@ -787,30 +1297,31 @@ def agree(folder, here, function, *arguments):
     return answers[0][0]
 
 
-def save_weights(models, folder):
-    """Writes a checkpoint's models, each in a folder that diffusers loads."""
-    models.pipeline.unet.save_pretrained(folder / "unet")
-    if models.ema_unet is not None:
-        models.ema_unet.save_pretrained(folder / "unet_ema")
+def on_main_process(run, function, *arguments):
+    """Calls a function that may write to the output folder on rank 0; returns its result on every rank."""
+    return together(function, *arguments, on=run.accelerator.is_main_process, folder=run.args.output_dir)
 
 
-def load_weights(models, folder):
-    """Reads a checkpoint's models into those that are being trained."""
-    models.pipeline.unet.load_state_dict(UNet2DModel.from_pretrained(folder / "unet").state_dict())
-    if models.ema_unet is not None:
-        saved = EMAModel.from_pretrained(folder / "unet_ema", UNet2DModel)
-        models.ema_unet.optimization_step = saved.optimization_step
-        for shadow, parameter in zip(models.ema_unet.shadow_params, saved.shadow_params):
-            shadow.copy_(parameter)
+# Checkpoints
 
 
-def write_checkpoint(accelerator, args, models, state, folder):
+def write_checkpoint(run, models, folder):
     """Writes what a checkpoint holds: the models, the optimizer's state, the metrics so far, the run's state."""
-    accelerator.save_state(folder)
-    if accelerator.is_main_process:
+    run.accelerator.save_state(folder)  # without the models: see make_accelerator
+    if run.accelerator.is_main_process:
         save_weights(models, folder)
-        shutil.copy(Path(args.output_dir, args.logging_dir, "metrics.jsonl"), folder)
-        (folder / "state.json").write_text(json.dumps(vars(state)))
+        if models.ema_unet is not None:
+            models.ema_unet.save_pretrained(folder / "unet_ema")
+        shutil.copy(Path(run.args.output_dir, run.args.logging_dir, "metrics.jsonl"), folder)
+        state = {
+            "global_step": run.global_step,
+            "optimizer_steps": run.optimizer_steps,
+            "seed": run.seed,
+            "tracker_id": run.tracker_id,
+            "identity": run.identity,
+            "settings": run.settings(),
+        }
+        (folder / "state.json").write_text(json.dumps(state))
 
 
 def numbered_checkpoints(output_dir):
@@ -852,16 +1363,16 @@ def seal_checkpoint(folder, target, limit):
         shutil.rmtree(path)
 
 
-def save_checkpoint(accelerator, args, models, state):
+def save_checkpoint(run, models):
     """Writes checkpoint-<global_step> beside its place and renames it, so that it is whole or not there."""
-    target = Path(args.output_dir, f"checkpoint-{state.global_step}")
-    folder = Path(args.output_dir, f".checkpoint-{state.global_step}.tmp")
-    main_process = accelerator.is_main_process
+    output_dir, main_process = run.args.output_dir, run.accelerator.is_main_process
+    target = Path(output_dir, f"checkpoint-{run.global_step}")
+    folder = Path(output_dir, f".checkpoint-{run.global_step}.tmp")
     # DeepSpeed's ranks each hold a part of the optimizer's state; otherwise one has it all.
-    writes = main_process or accelerator.distributed_type == DistributedType.DEEPSPEED
+    writes = main_process or run.accelerator.distributed_type == DistributedType.DEEPSPEED
     try:
-        agree(args.output_dir, writes, write_checkpoint, accelerator, args, models, state, folder)
-        agree(args.output_dir, main_process, seal_checkpoint, folder, target, args.checkpoints_total_limit)
+        together(write_checkpoint, run, models, folder, on=writes, folder=output_dir)
+        on_main_process(run, seal_checkpoint, folder, target, run.args.checkpoints_total_limit)
     finally:
         if main_process:
             shutil.rmtree(folder, ignore_errors=True)
@@ -894,86 +1405,108 @@ def find_checkpoint(args):
         return path
 
 
-def begin_run(accelerator, args):
-    """Returns the checkpoint to resume from, or None, and the run's state: seed, steps done, tracker id."""
-    checkpoint = agree(args.output_dir, accelerator.is_main_process, find_checkpoint, args)
+def begin_run(args, accelerator, stop):
+    """Returns the run, at its start or where a checkpoint left it, and that checkpoint with the settings it had."""
+    main_process, output_dir = accelerator.is_main_process, args.output_dir
+    checkpoint = together(find_checkpoint, args, on=main_process, folder=output_dir)
     if checkpoint is None:
-        drawn = agree(args.output_dir, True, os.urandom, 4).hex()
-        seed = int(drawn, 16) if args.seed is None else args.seed
-        return None, SimpleNamespace(global_step=0, optimizer_steps=0, seed=seed, tracker_id=drawn)
-    text = agree(args.output_dir, accelerator.is_main_process, (checkpoint / "state.json").read_text)
-    state = SimpleNamespace(**json.loads(text))
-    if args.seed not in (None, state.seed):
-        raise SystemExit(f"{checkpoint} was trained with --seed {state.seed}, so it cannot go on with {args.seed}.")
+        tracker_id = together(os.urandom, 4, on=main_process, folder=output_dir).hex()
+        seed = int(tracker_id, 16) if args.seed is None else args.seed
+        return Run(args, accelerator, stop, seed, tracker_id), None, {}
+    text = together((checkpoint / "state.json").read_text, on=main_process, folder=output_dir)
+    state = json.loads(text)
+    settings = state.pop("settings")
+    if args.seed not in (None, state["seed"]):
+        raise SystemExit(f"{checkpoint} was trained with --seed {state['seed']}, so it cannot go on with {args.seed}.")
     accelerator.print(f"Resuming from {checkpoint}.")
-    return checkpoint, state
+    return Run(args, accelerator, stop, **state), checkpoint, settings
 
 
-def check_resumed(accelerator, args, state, identity):
-    """Refuses to go on with another script, base model or data set; lists other flags that have changed."""
-    for what, now in identity.items():
-        if getattr(state, "identity", identity)[what] != now:
+def check_identity(run, models, records):
+    """Refuses to go on with another script, base model or data set; notes what they are now."""
+    now = {
+        "script": Path(__file__).stem,
+        **identity(run, models),
+        "data set": digest([(record["digest"], record["captions"]) for record in records]),
+        "prediction type": models.noise_scheduler.config.prediction_type,
+        "noise schedule": digest(models.noise_scheduler.alphas_cumprod.numpy()),
+        "--use_8bit_adam": run.args.use_8bit_adam,
+    }
+    for what in now:
+        if run.identity and run.identity.get(what) != now[what]:
             raise SystemExit(f"The checkpoint was trained with another {what}: use the same, or start a new run.")
-    for name, before in getattr(state, "args", {}).items():
-        if name != "seed" and getattr(args, name, before) != before:
-            accelerator.print(f"  --{name} was {before} and is now {getattr(args, name)}")
-    args.seed, state.identity = state.seed, identity
-    state.args = {name: value for name, value in vars(args).items() if name not in UNSAVED}
+    run.identity = now
 
 
-def load_checkpoint(accelerator, models, optimizer, checkpoint):
+def list_changes(run, settings):
+    """Says which flags, and what the run made of them, are not as they were in the run that it resumes."""
+    for name, now in run.settings().items():
+        if settings.get(name, now) != now:
+            run.accelerator.print(f"  --{name} was {settings[name]} and is now {now}")
+
+
+def load_checkpoint(run, models, optimizer, checkpoint):
     """Brings models and optimizer to where the checkpoint left them; given flags win over the checkpoint's."""
     flags = "lr betas eps weight_decay fused beta3 decouple use_bias_correction safeguard_warmup".split()
     given = [{name: group[name] for name in flags if name in group} for group in optimizer.param_groups]
     load_weights(models, checkpoint)
-    accelerator.load_state(checkpoint)
+    load_average(models, checkpoint)
+    run.accelerator.load_state(checkpoint)
     for group, settings in zip(optimizer.param_groups, given):
         group.update(settings, initial_lr=settings["lr"])
 
 
-# Publishing
+# The result, its card and the Hub
 
 
-def save_model(args, models):
-    """Writes the pipeline, of the averaged weights if there are any."""
-    with weights_to_save(models):
-        models.pipeline.save_pretrained(args.output_dir)
+def save_result(run, models):
+    """Writes the result, of the averaged weights if there are any."""
+    with averaged_weights(models):
+        save_model(run, models)
 
 
-def loading_code(args, models, name):
-    """Returns the lines that load the result by its name and make a picture."""
-    return (
-        "from diffusers import DDPMPipeline\n\n"
-        f"pipeline = DDPMPipeline.from_pretrained({name!r})\n"
-        f"pipeline(num_inference_steps={args.ddpm_num_inference_steps}).images[0].save('picture.png')"
-    )
-
-
-def write_model_card(args, models, state, repo_id):
-    """Writes README.md: base, data, settings, loss curve, sample grid, and how to load the result."""
-    metrics = Path(args.output_dir, args.logging_dir, "metrics.jsonl").read_text().splitlines()
-    losses = [row["loss"] for row in map(json.loads, metrics) if "loss" in row]
-    held_out = [row for row in map(json.loads, metrics) if "validation_loss" in row]
+def loss_curve(losses):
+    """Returns the means of up to 60 parts of a run's losses, and a line of blocks that draws them."""
     points = np.array([np.mean(part) for part in np.array_split(losses, min(60, len(losses)))])
-    curve = "".join("▁▂▃▄▅▆▇█"[int(height)] for height in 7 * (points - points.min()) / max(np.ptp(points), 1e-12))
-    # Paths of this machine stay out of what may be published.
-    given = args.pretrained_model_name_or_path, vars(args).get("dataset_name")
-    base, data = (None if not name or Path(name).exists() else name for name in given)
-    header = ModelCardData(base_model=base, datasets=data, library_name="diffusers", **CARD).to_yaml()
+    heights = 7 * (points - points.min()) / max(np.ptp(points), 1e-12)
+    return points, "".join("▁▂▃▄▅▆▇█"[int(height)] for height in heights)
+
+
+def name_without_path(path):
+    """Returns the name of a model or data set for others to read: None for what lies on this machine."""
+    return None if not path or Path(path).exists() else path
+
+
+def settings_table(settings):
+    """Returns the settings that are numbers or words of interest as a Markdown table; what is off is left out."""
     words = ("lr_scheduler", "mixed_precision", "prediction_type")
-    shown = {n: v for n, v in state.args.items() if isinstance(v, (int, float)) or n in words}
-    settings = {n: v for n, v in shown.items() if v is not None and v is not False}
-    base = base or (Path(given[0]).resolve().name if given[0] else "A new model")
-    grid = f"samples/step-{state.global_step:06d}.png"
-    card = [f"---\n{header}\n---\n\n# {repo_id}"]
-    card += [f"{base}, trained on {data or 'local pictures'}."]
-    card += ["The base model's licence applies."] if given[0] else []
-    card += ["## Load it", f"```python\n{loading_code(args, models, repo_id)}\n```", "## Training"]
+    shown = {name: value for name, value in settings.items() if isinstance(value, (int, float)) or name in words}
+    rows = [f"| {name} | {value} |" for name, value in shown.items() if value is not None and value is not False]
+    return "\n".join(["| setting | value |", "|---|---|", *rows])
+
+
+def write_model_card(run, models, repo_id):
+    """Writes README.md: base, data, settings, loss curve, sample grid, and how to load the result."""
+    args, given = run.args, run.args.pretrained_model_name_or_path
+    lines = Path(args.output_dir, args.logging_dir, "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    points, curve = loss_curve([row["loss"] for row in rows if "loss" in row])
+    base, data = name_without_path(given), name_without_path(vars(args).get("dataset_name"))
+    header = ModelCardData(base_model=base, datasets=data, library_name="diffusers", **CARD)
+    shown_base = base or (Path(given).resolve().name if given else "A new model")
+    card = [f"---\n{header.to_yaml()}\n---", f"# {repo_id}", f"{shown_base}, trained on {data or 'local pictures'}."]
+    if given:
+        card.append("The base model's licence applies.")
+    card += ["## Load it", f"```python\n{loading_code(run, models, repo_id)}\n```", "## Training"]
+    grid = f"samples/step-{run.global_step:06d}.png"
     if Path(args.output_dir, grid).exists():
-        card += [f"![samples]({grid})", *(f"- {prompt}" for prompt in dict.fromkeys(picture_prompts(args)) if prompt)]
-    card += [f"{state.global_step} steps. Loss from {points[0]:.4f} to {points[-1]:.4f}: `{curve}`"]
-    card += [f"Held-out loss at step {row['step']}: {row['validation_loss']:.4f}" for row in held_out]
-    card += ["| setting | value |\n|---|---|" + "".join(f"\n| {n} | {v} |" for n, v in settings.items()) + "\n"]
+        card.append(f"![samples]({grid})")
+        card += [f"- {prompt}" for prompt in dict.fromkeys(picture_prompts(args)) if prompt]
+    card.append(f"{run.global_step} steps. Loss from {points[0]:.4f} to {points[-1]:.4f}: `{curve}`")
+    for row in rows:
+        if "validation_loss" in row:
+            card.append(f"Held-out loss at step {row['step']}: {row['validation_loss']:.4f}")
+    card.append(settings_table(run.settings()) + "\n")
     replace_file(Path(args.output_dir, "README.md"), "\n\n".join(card).encode())
 
 
@@ -999,11 +1532,17 @@ def open_repository(args):
 
 def publish(args, repo_id):
     """Uploads the result."""
-    folder = {"folder_path": args.output_dir, "allow_patterns": PUBLISHED}
-    with_retries(upload_folder, args, repo_id, commit_message="End of training", **folder)
+    with_retries(
+        upload_folder,
+        args,
+        repo_id,
+        folder_path=args.output_dir,
+        allow_patterns=PUBLISHED,
+        commit_message="End of training",
+    )
 
 
-# Training
+# The stages of a run
 
 
 def make_accelerator(args):
@@ -1032,93 +1571,129 @@ def make_accelerator(args):
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    args.mixed_precision = accelerator.mixed_precision  # the launcher may have set it
     return accelerator
 
 
-def total_batch_size(accelerator, args):
-    """Pictures in an optimizer step, over all processes."""
-    return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-
-
-def prepare_unet(accelerator, args, unet):
+def prepare_unet(run, unet):
     """Brings the UNet to the device, with the layout, attention and checkpointing that it will use."""
+    args = run.args
     # bitsandbytes makes the weights contiguous as it steps, so a resumed run would start in another layout.
-    unet.to(accelerator.device, memory_format=torch.contiguous_format if args.use_8bit_adam else torch.channels_last)
+    layout = torch.contiguous_format if args.use_8bit_adam else torch.channels_last
+    unet.to(run.accelerator.device, memory_format=layout)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
         try:
             unet.enable_xformers_memory_efficient_attention()
         except Exception as error:  # it is missing, built for another torch, or there is no GPU
-            accelerator.print(f"xformers cannot be used ({error}), so PyTorch's own attention is.")
+            run.accelerator.print(f"xformers cannot be used ({error}), so PyTorch's own attention is.")
 
 
-def make_optimizer(accelerator, args, groups):
+def make_optimizer(run, groups):
     """Builds AdamW for groups of "params" and their "lr", scaled by the total batch size if --scale_lr says so."""
-    settings = {"weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
-    settings["betas"] = (args.adam_beta1, args.adam_beta2)
+    args, accelerator = run.args, run.accelerator
     for group in groups:
-        group["lr"] *= total_batch_size(accelerator, args) if args.scale_lr else 1
+        group["lr"] *= run.total_batch_size if args.scale_lr else 1
     if accelerator.distributed_type == DistributedType.DEEPSPEED:  # no prepared dataloader tells it these
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
         config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
         config["gradient_clipping"] = args.max_grad_norm
+    betas, eps, weight_decay = (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.adam_weight_decay
     if args.use_8bit_adam:
-        return bitsandbytes.optim.AdamW8bit(groups, **settings)
+        return bitsandbytes.optim.AdamW8bit(groups, betas=betas, eps=eps, weight_decay=weight_decay)
     # A fused step hides from accelerate that the scaler of fp16 skipped it.
-    return torch.optim.AdamW(groups, fused=accelerator.scaler is None, **settings)
+    fused = accelerator.scaler is None
+    return torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
 
 
-def prepare_training(accelerator, args, models):
-    """Brings the UNet, its average and a new optimizer to the device; returns the optimizer."""
-    prepare_unet(accelerator, args, models.unet)
-    if models.ema_unet is not None and not args.offload_ema:
-        models.ema_unet.to(accelerator.device)
-    groups = [{"params": models.params_to_optimize, "lr": args.learning_rate}]
-    models.unet, optimizer = accelerator.prepare(models.unet, make_optimizer(accelerator, args, groups))
-    models.trained = [models.unet]
-    return optimizer
+def make_lr_scheduler(run, optimizer):
+    """Builds the schedule of the learning rate, which counts optimizer steps, at the step that the run is at."""
+    return get_scheduler(
+        run.args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=run.args.lr_warmup_steps,
+        num_training_steps=run.max_train_steps,
+        num_cycles=run.args.lr_num_cycles,
+        power=run.args.lr_power,
+        last_epoch=run.optimizer_steps - 1,
+    )
 
 
-def start_logging(accelerator, args, state, checkpoint):
-    """Starts metrics.jsonl, or takes the checkpoint's, and the trackers; writes train_args.yaml."""
-    output_dir, logging_dir = Path(args.output_dir), Path(args.output_dir, args.logging_dir)
-    if accelerator.is_main_process:
-        for torn in [*output_dir.glob(".*.tmp"), *logging_dir.glob(".*.tmp")]:  # a run was killed as it wrote
-            shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
-        if args.overwrite_output_dir and (output_dir / "train_args.yaml").exists():
-            results = [path for pattern in PUBLISHED for path in output_dir.glob(pattern)]
-            for path in numbered_checkpoints(output_dir) + results:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        (output_dir / "samples").mkdir(parents=True, exist_ok=True)
-        replace_file(logging_dir / "metrics.jsonl", (checkpoint / "metrics.jsonl").read_bytes() if checkpoint else b"")
-        libraries = ("torch", "diffusers", "transformers", "accelerate", "datasets", "bitsandbytes")
-        notes = "".join(f"# {library} {version(library)}\n" for library in libraries)
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):  # git is missing, or this is no checkout
-            git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-            notes += f"# commit {subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL)}"
-        replace_file(output_dir / "train_args.yaml", (notes + yaml.safe_dump(state.args, sort_keys=False)).encode())
+def plan_steps(run, sizes):
+    """Works out how many steps there are, of what batch, and between validations."""
+    args = run.args
+    run.total_batch_size = args.train_batch_size * args.gradient_accumulation_steps * run.accelerator.num_processes
+    run.steps_per_epoch = math.ceil(max(sizes[0] * args.repeats, sizes[1]) / run.total_batch_size)
+    run.max_train_steps = args.max_train_steps or args.num_train_epochs * run.steps_per_epoch
+    run.validation_steps = args.validation_steps or args.validation_epochs * run.steps_per_epoch
+
+
+def make_data(run, models, records, held_out_records, sizes):
+    """Builds the samples to train on and the held-out ones, whose draws are the same whatever the seed."""
+    shape, timesteps = models.sample_shape, models.noise_scheduler.config.num_train_timesteps
+    samples = Samples(run.args, records, run.seed, run.resolution, shape, timesteps)
+    held_out = Samples(run.args, held_out_records, 0, run.resolution, shape, timesteps)
+    return Data(run, samples, held_out, sizes)
+
+
+def clear_folder(run):
+    """Deletes what a killed run was writing, and what the run left that --overwrite_output_dir overwrites."""
+    output_dir, logging_dir = Path(run.args.output_dir), Path(run.args.output_dir, run.args.logging_dir)
+    for torn in [*output_dir.glob(".*.tmp"), *logging_dir.glob(".*.tmp")]:
+        shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
+    if run.args.overwrite_output_dir and (output_dir / "train_args.yaml").exists():
+        results = [path for pattern in PUBLISHED for path in output_dir.glob(pattern)]
+        for path in numbered_checkpoints(output_dir) + results:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def write_train_args(run):
+    """Writes train_args.yaml: the flags as given and, as comments, what the run made of them and with what."""
+    notes = [f"{library} {version(library)}" for library in ("torch", "diffusers", "transformers", "accelerate")]
+    notes += [f"{library} {version(library)}" for library in ("datasets", "bitsandbytes")]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # git is missing, or this is no checkout
+        git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+        notes.append(f"commit {subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip()}")
+    given = {name: value for name, value in vars(run.args).items() if name not in UNSAVED}
+    notes += [f"{name}: {value}" for name, value in run.settings().items() if given.get(name) != value]
+    text = "".join(f"# {note}\n" for note in notes) + yaml.safe_dump(given, sort_keys=False)
+    replace_file(Path(run.args.output_dir, "train_args.yaml"), text.encode())
+
+
+def prepare_folder(run, checkpoint):
+    """Makes the output folder ready: nothing left of others, the metrics so far, train_args.yaml."""
+    clear_folder(run)
+    Path(run.args.output_dir, "samples").mkdir(parents=True, exist_ok=True)
+    metrics = (checkpoint / "metrics.jsonl").read_bytes() if checkpoint else b""
+    replace_file(Path(run.args.output_dir, run.args.logging_dir, "metrics.jsonl"), metrics)
+    write_train_args(run)
+
+
+def start_trackers(run, checkpoint):
+    """Starts the trackers, or goes on with those of the checkpoint's run."""
+    args = run.args
     if args.hub_token:  # wandb keeps the command line
         sys.argv = [argument.replace(args.hub_token, "***") for argument in sys.argv]
-    config = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in state.args.items()}
-    wandb = {"id": state.tracker_id, "resume": "allow", "dir": str(logging_dir)}
-    tensorboard = {"purge_step": state.global_step + 1 if checkpoint else 0}  # hides what an earlier end logged later
-    accelerator.init_trackers(args.tracker_project_name, config, {"wandb": wandb, "tensorboard": tensorboard})
+    config = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in run.settings().items()}
+    wandb = {"id": run.tracker_id, "resume": "allow", "dir": str(Path(args.output_dir, args.logging_dir))}
+    tensorboard = {"purge_step": run.global_step + 1 if checkpoint else 0}  # hides what an earlier end logged later
+    run.accelerator.init_trackers(args.tracker_project_name, config, {"wandb": wandb, "tensorboard": tensorboard})
 
 
-def print_header(accelerator, args, models, samples, held_out, state):
+def print_header(run, models, data):
     """Says what the run will do and cost; refuses it if its first checkpoint cannot fit on the disk."""
+    args, accelerator = run.args, run.accelerator
     # Four bytes a weight, four more for its average, and AdamW's two moments of four bytes, or of one.
     bytes_a_weight = 4 + 4 * (models.ema_unet is not None) + (2 if args.use_8bit_adam else 8)
     needed = sum(parameter.numel() for parameter in models.params_to_optimize) * bytes_a_weight / 2**30
     free = shutil.disk_usage(args.output_dir).free / 2**30
     batch = f"{args.train_batch_size} x {accelerator.num_processes} processes x {args.gradient_accumulation_steps}"
+    pictures = f"{len(data.samples)} to train on, {len(data.held_out)} held out"
     accelerator.print(
-        f"pictures   {len(samples)} to train on, {len(held_out)} held out, {args.resolution} x {args.resolution}\n"
-        f"batch      {total_batch_size(accelerator, args)} = {batch} accumulated\n"
-        f"steps      {args.max_train_steps}, of which {state.global_step} are done; seed {state.seed}\n"
+        f"pictures   {pictures}, {run.resolution} x {run.resolution}\n"
+        f"batch      {run.total_batch_size} = {batch} accumulated\n"
+        f"steps      {run.max_train_steps}, of which {run.global_step} are done; seed {run.seed}\n"
         f"device     {accelerator.device}, precision {accelerator.mixed_precision}\n"
         f"disk       {needed:.2f} GiB a checkpoint, {free:.1f} GiB free"
     )
@@ -1126,161 +1701,61 @@ def print_header(accelerator, args, models, samples, held_out, state):
         raise SystemExit(f"A checkpoint needs {needed:.2f} GiB, and {args.output_dir} has {free:.2f} GiB free.")
 
 
-def peak_memory(accelerator):
-    """Peak memory of the GPU since the last call, or the process's memory now on a CPU, in GiB."""
-    if accelerator.device.type != "cuda":
-        return psutil.Process().memory_info().rss / 2**30
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    torch.cuda.reset_peak_memory_stats()
-    return peak
-
-
-def load_batches(accelerator, args, samples, keys_of, state):
-    """Yields this rank's batches of the steps that are left: its slice of a step's keys for each micro-step."""
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    batch_size = len(keys_of(0)) // (args.gradient_accumulation_steps * world_size)
-    batch_keys = (
-        keys_of(step)[(micro_step * world_size + rank) * batch_size :][:batch_size]
-        for step in range(state.global_step, args.max_train_steps)
-        for micro_step in range(args.gradient_accumulation_steps)
-    )
-    settings = {"num_workers": args.dataloader_num_workers, "worker_init_fn": ignore_signals}
-    pin_memory = accelerator.device.type == "cuda"
-    return iter(torch.utils.data.DataLoader(samples, batch_sampler=batch_keys, pin_memory=pin_memory, **settings))
-
-
-def train(accelerator, args, models, optimizer, lr_scheduler, samples, held_out, keys_of, state, stop):
-    """Takes the optimizer steps that are left, logging, validating and saving as asked; a signal ends it early.
-
-    keys_of(step) gives the (epoch, index) keys of the samples of an optimizer step, over all ranks and micro-steps.
-    """
-    batches = load_batches(accelerator, args, samples, keys_of, state)
-    validations = {*range(0, args.max_train_steps, args.validation_steps), args.max_train_steps}
-    if not picture_prompts(args) and not len(held_out):
-        validations = set()
-    if state.global_step in validations:  # step 0, or one due when the checkpoint was written, as saving comes first
-        log_validation(accelerator, args, models, held_out, state, stop)
-    bar = {"total": args.max_train_steps, "initial": state.global_step, "disable": not accelerator.is_main_process}
-    progress_bar = tqdm(desc="training", **bar)
-    for model in models.trained:
-        model.train()
-    unread = []  # finished steps: their row, their keys, and their numbers, which are still on the device
-    last_time = time.perf_counter()
-    for step in range(state.global_step, args.max_train_steps):
-        losses = Counter()
-        for micro_step in range(args.gradient_accumulation_steps):
-            # Only dropout inside the models draws from the global generator.
-            torch.manual_seed(int(digest(state.seed, step, micro_step, accelerator.process_index)[:8], 16))
-            batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
-            with accelerator.accumulate(*models.trained):
-                with accelerator.autocast():
-                    micro_losses = compute_loss(models, batch, args)
-                accelerator.backward(micro_losses["loss"])
-                for name, loss in micro_losses.items():
-                    losses[name] += loss.detach() / args.gradient_accumulation_steps
-                if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(models.params_to_optimize, args.max_grad_norm or math.inf)
-                optimizer.step()  # accelerate skips this, and the next, before the last micro-step
-                optimizer.zero_grad()
-        row = {"step": step + 1, "lr": lr_scheduler.get_last_lr()[0]}
-        skipped = accelerator.optimizer_step_was_skipped  # after an overflow that the scaler of fp16 handles
-        state.global_step = step + 1
-        if not skipped:
-            state.optimizer_steps += 1
-            lr_scheduler.step()
-            after_step(accelerator, args, models, state)
-        now = time.perf_counter()
-        row |= {"images_per_second": len(keys_of(step)) / (now - last_time), "memory_gib": peak_memory(accelerator)}
-        last_time = now
-        # As log_steps takes them apart. Filled on the device: a number copied to it would make it wait.
-        flags = [torch.full_like(losses["loss"], float(flag)) for flag in (skipped, stop.signum > 0)]
-        numbers = torch.stack([*losses.values(), torch.as_tensor(grad_norm).to(losses["loss"]), *flags])
-        unread.append((row, keys_of(step), list(losses), accelerator.reduce(numbers, "mean")))
-        validate = state.global_step in validations
-        save = args.checkpointing_steps and state.global_step % args.checkpointing_steps == 0
-        # Read one step late, so that the device always has work, or at once where something follows from the numbers.
-        read_now = validate or save or state.global_step == args.max_train_steps
-        asked_to_stop = log_steps(accelerator, args, samples, progress_bar, unread, 0 if read_now else 1)
-        if stop.signum and accelerator.num_processes == 1:  # no other rank has to hear of it first
-            asked_to_stop = True
-        if asked_to_stop:
-            log_steps(accelerator, args, samples, progress_bar, unread, 0)
-        # Saved before it is validated: a stop in a long validation then loses no step, and resuming validates again.
-        if save or asked_to_stop:
-            save_checkpoint(accelerator, args, models, state)
-            last_time = time.perf_counter()
-        if asked_to_stop:
-            accelerator.print(f"\nStopped after step {step + 1}, and saved: --resume_from_checkpoint latest goes on.")
-            stop.exit_if_asked()
-        if validate:
-            log_validation(accelerator, args, models, held_out, state, stop)
-            last_time = time.perf_counter()
-    progress_bar.close()
-
-
-def run(accelerator, args, stop):
+def execute(args, accelerator, stop):
     """The stages of a run, from the flags to what it leaves."""
-    checkpoint, state = begin_run(accelerator, args)
-    main_process, repo_id = accelerator.is_main_process, Path(args.output_dir).resolve().name
+    run, checkpoint, settings = begin_run(args, accelerator, stop)
+    repo_id = Path(args.output_dir).resolve().name
     if args.push_to_hub:
-        repo_id = agree(args.output_dir, main_process, open_repository, args)
+        repo_id = on_main_process(run, open_repository, args)
 
     # Data.
-    records = check_records(accelerator, args, read_records(args), stop)
-    records, held_out_records = split_records(args, records, state.seed)
-    total = total_batch_size(accelerator, args)
-    steps_per_epoch = math.ceil(len(records) / total)
-    args.max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    keys_of = functools.partial(step_keys, total_batch_size=total, size=len(records), seed=state.seed)
+    records = check_records(run, read_records(args))
+    records, held_out_records = split_records(args, records, run.seed)
+    records_of_class = class_records(run)
+    sizes = len(records), len(records_of_class)
+    records = records + records_of_class
+    plan_steps(run, sizes)
 
     # Models.
-    torch.manual_seed(state.seed % 2**64)  # new weights are a function of the seed
-    models = load_models(args)
-    identity = {
-        "script": Path(__file__).stem,
-        "base model": models.base_digest,
-        "data set": digest([record["digest"] for record in records]),
-        "noise schedule": digest(models.noise_scheduler.betas.numpy()),
-        "prediction type": models.noise_scheduler.config.prediction_type,
-        "--use_ema": args.use_ema,
-        "--use_8bit_adam": args.use_8bit_adam,
-    }
-    check_resumed(accelerator, args, state, identity)
-    args.validation_steps = args.validation_steps or (args.validation_epochs or 10) * steps_per_epoch
-    args.save_model_steps = args.save_model_epochs * steps_per_epoch
+    torch.manual_seed(run.seed % 2**64)  # for weights that start at random
+    models = load_models(run)
+    list_changes(run, settings)
+    check_identity(run, models, records)
+    data = make_data(run, models, records, held_out_records, sizes)
+    on_main_process(run, prepare_folder, run, checkpoint)
+    together(start_trackers, run, checkpoint, on=True, folder=args.output_dir)
+    print_header(run, models, data)
 
-    shape, num_train_timesteps = (3, args.resolution, args.resolution), len(models.noise_scheduler.betas)
-    samples = Samples(args, records, state.seed, shape, num_train_timesteps)
-    held_out = Samples(args, held_out_records, 0, shape, num_train_timesteps)
-    agree(args.output_dir, True, start_logging, accelerator, args, state, checkpoint)
-    print_header(accelerator, args, models, samples, held_out, state)
+    # What the frozen ones make of the data.
+    keys = (key for step in range(run.global_step, run.max_train_steps) for key in data.step_keys(step))
+    twice = 2 * validation_keys(data.held_out)  # before and after, at least
+    fill_cache(run, models, [(data.samples, keys), (data.held_out, twice)])
 
     # Training.
-    optimizer = prepare_training(accelerator, args, models)
+    optimizer = prepare_training(run, models)
     if checkpoint:
-        load_checkpoint(accelerator, models, optimizer, checkpoint)
-    steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps, last_epoch=state.optimizer_steps - 1)
-    train(accelerator, args, models, optimizer, lr_scheduler, samples, held_out, keys_of, state, stop)
+        load_checkpoint(run, models, optimizer, checkpoint)
+    train(run, models, data, optimizer, make_lr_scheduler(run, optimizer))
 
     # What it leaves.
-    agree(args.output_dir, main_process, save_model, args, models)
-    agree(args.output_dir, main_process, write_model_card, args, models, state, repo_id)
-    code = loading_code(args, models, args.output_dir)
+    on_main_process(run, save_result, run, models)
+    on_main_process(run, write_model_card, run, models, repo_id)
+    code = loading_code(run, models, str(Path(args.output_dir).resolve()))
     accelerator.print(f"The result is in {args.output_dir}. To load it:\n\n{code}\n")
     stop.exit_if_asked()
-    agree(args.output_dir, main_process and args.push_to_hub, publish, args, repo_id)
+    if args.push_to_hub:
+        on_main_process(run, publish, args, repo_id)
 
 
 def main(args):
-    """Fine-tunes as the arguments say; exits with 128 + signal when told to stop."""
+    """Trains as the arguments say; exits with 128 + signal when told to stop."""
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     accelerator = make_accelerator(args)
     end = None
     try:
-        run(accelerator, args, StopFlag())
+        execute(args, accelerator, StopFlag())
     except SystemExit as caught:  # every rank ends so, and one says why
         end = SystemExit(caught.code if accelerator.is_main_process or isinstance(caught.code, int) else 1)
     except BaseException:
@@ -1292,6 +1767,9 @@ def main(args):
     accelerator.end_training()
     if end is not None:
         raise end
+
+
+# === End of engine ===
 
 
 if __name__ == "__main__":

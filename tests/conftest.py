@@ -1,11 +1,11 @@
-"""The tests' environment, and the tiny models and pictures they train on. Nothing here needs a network."""
+"""The tests' environment, and the fixtures that more than one file takes. Nothing here needs a network."""
 
 import atexit
 import json
 import os
 import shutil
 import signal
-import sys
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -24,154 +24,21 @@ for name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_TOKEN", "HUGGING_FACE_HUB_
     os.environ.pop(name, None)
 # A shell has its background jobs ignore this, and so would every launcher that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
-import numpy as np
+import forked
 import pytest
 import torch
+from helpers import CACHED, ENVIRONMENT, ROOT, finish, flags_of, make_model, make_pictures, run
 from hub_server import Hub
-from PIL import Image, ImageDraw
-from safetensors.torch import load_file
+from PIL import Image, ImageOps
 
 
 torch.set_num_threads(1)
 
-COLOURS = ["red", "green", "blue", "yellow", "purple", "orange"]
+SCRIPTS = ("train_text_to_image", "train_lora", "train_dreambooth", "textual_inversion", "train_unconditional")
 
 
-def make_pictures(folder: Path, count: int = 6, size: int = 48) -> Path:
-    """Fill a folder with pictures of a circle or a square, half of them JPEG, and their captions."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    rows = []
-    for i in range(count):
-        colour, shape = COLOURS[i % len(COLOURS)], ("circle", "square")[i % 2]
-        corners = np.array([[0, 85, 170], [255, 170, 85]]) + rng.integers(-60, 60, (2, 3))
-        gradient = np.linspace(corners[0], corners[1], size)[:, None].repeat(size, axis=1)
-        image = Image.fromarray(gradient.clip(0, 255).astype(np.uint8))
-        draw = ImageDraw.Draw(image)
-        left, top = rng.integers(0, size // 2, 2).tolist()
-        draw_shape = draw.ellipse if shape == "circle" else draw.rectangle
-        draw_shape((left, top, left + size // 2, top + size // 2), fill=colour)
-        name = f"{i:03d}.{('png', 'jpg')[i // 2 % 2]}"
-        image.save(folder / name)
-        rows.append({"file_name": name, "text": f"a {colour} {shape} {i + 1}"})
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def make_text_encoder(model_class, width: int, **settings):
-    """Build a tokenizer of single letters and a tiny CLIP text encoder of random weights for it."""
-    from transformers import CLIPTextConfig, CLIPTokenizer
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    letters = list(bytes_to_unicode().values())
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer({token: i for i, token in enumerate(tokens)}, [], model_max_length=77)
-    config = CLIPTextConfig(
-        vocab_size=len(tokens),
-        hidden_size=width,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=77,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        projection_dim=32,
-        **settings,
-    )
-    return tokenizer, model_class(config)
-
-
-def make_model(folder: Path, family: str = "sd1") -> Path:
-    """Save a pipeline of the real classes with tiny random weights; its VAE halves the resolution.
-
-    family: "sd1", "sd2" (OpenCLIP's kind of text encoder, linear projections, v_prediction) or "sdxl".
-    """
-    from diffusers import (
-        AutoencoderKL,
-        DDIMScheduler,
-        EulerDiscreteScheduler,
-        StableDiffusionPipeline,
-        StableDiffusionXLPipeline,
-        UNet2DConditionModel,
-    )
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-    torch.manual_seed(0)
-    blocks = {
-        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    }
-    settings = {"cross_attention_dim": 32, "attention_head_dim": 4}
-    if family != "sd1":
-        settings |= {"attention_head_dim": (4, 8), "use_linear_projection": True}
-    if family == "sdxl":  # attends on the lower level, twice a block
-        blocks = {name: types[::-1] for name, types in blocks.items()}
-        settings |= {"cross_attention_dim": 32 + 48, "transformer_layers_per_block": (1, 2)}
-        settings |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
-        settings |= {"projection_class_embeddings_input_dim": 6 * 8 + 32}
-    unet = UNet2DConditionModel(
-        sample_size=24, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, **blocks, **settings
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(16, 32),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=8,
-        sample_size=48,
-    )
-    parts = {"unet": unet, "vae": vae}
-    openclip = {"hidden_act": "gelu"}
-    first = make_text_encoder(CLIPTextModel, 32, **(openclip if family == "sd2" else {}))
-    parts["tokenizer"], parts["text_encoder"] = first
-    if family == "sdxl":
-        # Of another width, or a single file's two encoders would be taken for one.
-        second = make_text_encoder(CLIPTextModelWithProjection, 48, **openclip)
-        parts["tokenizer_2"], parts["text_encoder_2"] = second
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-    if family == "sdxl":
-        pipeline = StableDiffusionXLPipeline(**parts, scheduler=EulerDiscreteScheduler(**betas))
-    else:
-        ddim = {"clip_sample": False, "set_alpha_to_one": False}
-        ddim |= {"prediction_type": "v_prediction"} if family == "sd2" else {}
-        unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        pipeline = StableDiffusionPipeline(**parts, scheduler=DDIMScheduler(**betas, **ddim), **unused)
-    pipeline.save_pretrained(folder)
-    return folder
-
-
-def run(script, *flags) -> None:
-    """Run a script's main in this process, as a fresh process would: nothing is left of earlier runs."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    try:
-        script.main(script.parse_args([str(flag) for flag in flags]))
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the safetensors files under a folder, by file and name."""
-    files = sorted(Path(folder).rglob("*.safetensors"))
-    return {f"{file.relative_to(folder)}:{name}": tensor for file in files for name, tensor in load_file(file).items()}
-
-
-def same(first: dict, second: dict) -> bool:
-    """Whether two sets of tensors are equal bit for bit."""
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def metrics(output_dir: Path, name: str) -> list[tuple[int, float]]:
-    """The logged (step, value) pairs of a quantity."""
-    rows = map(json.loads, (Path(output_dir) / "logs" / "metrics.jsonl").read_text().splitlines())
-    return [(row["step"], row[name]) for row in rows if name in row]
+# Models.
 
 
 @pytest.fixture(scope="session")
@@ -202,9 +69,182 @@ def tiny_sdxl_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def dropout_model(tiny_model) -> Path:
+    """The tiny model with dropout in its UNet and text encoder, which draws from the global generator."""
+    folder = shutil.copytree(tiny_model, tiny_model.with_name("tiny-dropout"))
+    for part, name, value in (("unet", "dropout", 0.1), ("text_encoder", "attention_dropout", 0.2)):
+        config = folder / part / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {name: value}))
+    return folder
+
+
+@pytest.fixture
+def base(family, request) -> Path:
+    """The tiny pipeline of a family, by which the test is parametrized."""
+    return request.getfixturevalue(family)
+
+
+# Pictures.
+
+
+@pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
     """Six captioned pictures of 48 pixels."""
     return make_pictures(tmp_path_factory.mktemp("data") / "pictures")
+
+
+@pytest.fixture(scope="session")
+def five_pictures(tmp_path_factory) -> Path:
+    """Five pictures, so that epochs end inside of steps and batches."""
+    return make_pictures(tmp_path_factory.mktemp("data") / "five", count=5)
+
+
+@pytest.fixture(scope="session")
+def wide_pictures(tmp_path_factory) -> Path:
+    """Five pictures that are wider than high, so that crops are drawn."""
+    folder = make_pictures(tmp_path_factory.mktemp("data") / "wide", count=5)
+    for file in folder.glob("*.[jp]*g"):
+        Image.open(file).resize((72, 48)).save(file)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def subject(tmp_path_factory) -> Path:
+    """Five pictures without captions."""
+    folder = make_pictures(tmp_path_factory.mktemp("data") / "subject", count=5)
+    (folder / "metadata.jsonl").unlink()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def classes(tmp_path_factory) -> Path:
+    """Eight pictures of a class, other ones than the subject's."""
+    folder = make_pictures(tmp_path_factory.mktemp("data") / "class", count=8)
+    (folder / "metadata.jsonl").unlink()
+    for file in folder.iterdir():
+        ImageOps.flip(Image.open(file)).save(file)
+    return folder
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """Nothing is known of other tests' pictures: latents, embeddings and what was checked are in tmp_path / "xdg"."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+
+
+# Runs in this process.
+
+
+@pytest.fixture
+def trainer(tiny_model, pictures, tmp_path, monkeypatch):
+    """trainer(script, *flags) returns what runs the script into a named folder, and returns the folder.
+
+    The flags come after those of every small run, and a call's own after them, and later ones win.
+    """
+
+    def of(script, *flags):
+        monkeypatch.setattr(script, "SAMPLER_STEPS", 2, raising=False)
+
+        def train(name, *more, base=tiny_model):
+            run(script, *flags_of(base, pictures, tmp_path / name, *flags, *more))
+            return tmp_path / name
+
+        return train
+
+    return of
+
+
+@pytest.fixture
+def train(trainer):
+    """train("out", *flags, base=...) runs train_text_to_image.py into a folder, which it returns."""
+    import train_text_to_image
+
+    return trainer(train_text_to_image)
+
+
+@pytest.fixture(scope="session")
+def plain_run(dropout_model, pictures, tmp_path_factory) -> Path:
+    """One run of train_text_to_image.py with every kind of draw, which others are compared with."""
+    import train_text_to_image
+
+    out = tmp_path_factory.mktemp("plain") / "out"
+    run(train_text_to_image, *flags_of(dropout_model, pictures, out, *CACHED))
+    return out
+
+
+# Runs as processes.
+
+
+@pytest.fixture(scope="session")
+def server():
+    """The server that runs are forked from."""
+    forked.start_server(*SCRIPTS)
+
+
+@pytest.fixture
+def start(server, tmp_path):
+    """Starts processes that do not outlive the test: forked runs of a script, or a launcher's."""
+    runs = []
+
+    def begin(arguments, launcher=None, environment=None, script="train_text_to_image", **options):
+        log = tmp_path / f"run-{len(runs)}.log"
+        if launcher is None:
+            runs.append(forked.fork(script, arguments, log, environment=environment, **options))
+        else:
+            words = [*map(str, launcher), f"{ROOT}/{script}.py", *map(str, arguments)]
+            settings = {"env": {**ENVIRONMENT, **(environment or {})}, "start_new_session": True, **options}
+            with open(log, "w") as out:
+                process = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, **settings)
+            runs.append(forked.Run(process, log))
+        return runs[-1]
+
+    yield begin
+    for process in runs:
+        process.end()
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    """A folder for latents and embeddings that runs share."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def command(tiny_model, pictures, cache):
+    """Returns the flags of a small run of train_text_to_image.py with an average; later flags win."""
+
+    def flags(output_dir, *more):
+        data = ["--pretrained_model_name_or_path", tiny_model, "--train_data_dir", pictures, "--resolution", 48]
+        data += ["--center_crop", "--random_flip", "--encoding_cache_dir", cache, "--output_dir", output_dir]
+        return [*data, "--train_batch_size", 2, "--use_ema", "--seed", 7, "--report_to", "none", *more]
+
+    return flags
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(server, command, tmp_path_factory):
+    """Returns checkpoint-<step> of a run, on one process or more, that nothing stopped."""
+    made = {}
+
+    def checkpoint(step, ranks=1):
+        length = -(-step // 10) * 10
+        if (length, ranks) not in made:
+            folder = tmp_path_factory.mktemp("uninterrupted")
+            counter = iter(range(ranks))
+
+            def start(arguments, environment=None):
+                log = folder / f"{next(counter)}.log"
+                return forked.fork("train_text_to_image", arguments, log, environment=environment)
+
+            arguments = command(folder / "out", "--max_train_steps", length, "--checkpointing_steps", 1)
+            finish(start, arguments, ranks)
+            made[length, ranks] = folder / "out"
+        return made[length, ranks] / f"checkpoint-{step}"
+
+    return checkpoint
+
+
+# The Hub.
 
 
 @pytest.fixture

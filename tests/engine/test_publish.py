@@ -1,4 +1,4 @@
-"""What a run says and leaves: header, metrics, trackers, grids, held-out loss, pipeline, card, and the upload."""
+"""What is uploaded, what is kept secret, and what the trackers get."""
 
 import contextlib
 import io
@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, metrics, run, same, weights
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from helpers import ROOT, SMALL, files_in, flags_of, in_epochs, make_run, metrics, run, same, weights
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -24,29 +24,32 @@ import train_text_to_image as script
 
 
 TOKEN = "hf_" + "s3cret" * 5
-FAST = ["--resolution", 16, "--train_batch_size", 1, "--lr_warmup_steps", 0, "--seed", 1]
+FAST = ("--resolution", 16, "--train_batch_size", 1, "--no-center_crop", "--learning_rate", 1e-4)
+FAST += ("--max_train_steps", 2, "--checkpointing_steps", 500, "--report_to", "tensorboard")
 PROMPTS = ["a red circle", "a green square", 'it\'s a "blue" one']
 
 
 @pytest.fixture
-def train(tiny_model, pictures, tmp_path):
-    """Trains a little; returns the output folder."""
-
-    def train(*flags, output="out", length=("--max_train_steps", 2)):
-        paths = ["--pretrained_model_name_or_path", tiny_model, "--train_data_dir", pictures]
-        run(script, *FAST, *length, *paths, "--output_dir", tmp_path / output, *flags)
-        return tmp_path / output
-
-    return train
+def train(trainer):
+    """Trains a little."""
+    return trainer(script, *FAST)
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_model, pictures, tmp_path_factory):
     """A run of 5 steps that was gone on with from its checkpoint at step 3, up to step 6; and what it said."""
     output = tmp_path_factory.mktemp("finished") / "out"
-    flags = ["--pretrained_model_name_or_path", tiny_model, "--train_data_dir", pictures, "--output_dir", output]
-    flags += ["--validation_prompts", *PROMPTS, "--validation_samples", 2, "--validation_steps", 2, "--use_ema"]
-    flags += [*FAST, "--learning_rate", 0.01, "--checkpointing_steps", 3]
+    flags = [
+        *flags_of(tiny_model, pictures, output, *FAST),
+        "--validation_prompts",
+        *PROMPTS,
+        "--validation_samples",
+        2,
+        "--validation_steps",
+        2,
+        "--use_ema",
+    ]
+    flags += ["--learning_rate", 0.01, "--checkpointing_steps", 3]
     with contextlib.redirect_stdout(io.StringIO()) as said:
         run(script, *flags, "--max_train_steps", 5)
         run(script, *flags, "--max_train_steps", 6, "--resume_from_checkpoint", "latest")
@@ -59,12 +62,6 @@ def waits(monkeypatch):
     waits = []
     monkeypatch.setattr("time.sleep", waits.append)
     return waits
-
-
-def files_in(folder):
-    """The contents of all files in a folder by name."""
-    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
 
 
 def published(output):
@@ -89,7 +86,7 @@ def test_push(hub, train, pictures, tiny_model, tmp_path, monkeypatch):
     """What is for others is uploaded, private as asked, and names neither the token nor this machine's paths."""
     flags = ["--push_to_hub", "--hub_model_id", "me/named", "--hub_token", TOKEN, "--hub_private_repo"]
     flags += ["--validation_prompts", *PROMPTS, "--checkpointing_steps", 1]
-    output = train(*flags)
+    output = train("out", *flags)
     assert list(hub.repos) == ["me/named"] and hub.repos["me/named"]["private"]
     uploaded = hub.repos["me/named"]["files"]
     assert uploaded == published(output)
@@ -108,27 +105,29 @@ def test_push(hub, train, pictures, tiny_model, tmp_path, monkeypatch):
 
 def test_push_again(hub, train):
     """The repository is named after the output folder and public by default; a second run replaces its files."""
-    train("--push_to_hub", "--hub_token", TOKEN)
+    train("out", "--push_to_hub", "--hub_token", TOKEN)
     first = dict(hub.repos["me/out"]["files"])
     assert list(hub.repos) == ["me/out"] and not hub.repos["me/out"]["private"]
-    output = train("--push_to_hub", "--hub_token", TOKEN, "--overwrite_output_dir", "--seed", 2)
+    output = train("out", "--push_to_hub", "--hub_token", TOKEN, "--overwrite_output_dir", "--seed", 2)
     assert hub.repos["me/out"]["files"] == published(output) != first
 
 
 @pytest.mark.parametrize("logging_dir", ["tracks", "logs/", "./logs", "logs/deep"])
 def test_logs_stay(hub, train, logging_dir):
     """Logs are not uploaded, however their folder is written."""
-    train("--push_to_hub", "--hub_token", TOKEN, "--logging_dir", logging_dir)
+    train("out", "--push_to_hub", "--hub_token", TOKEN, "--logging_dir", logging_dir)
     names = {*hub.repos["me/out"]["files"]}
     assert "README.md" in names and not {name for name in names if "metrics" in name or "events" in name}
 
 
-@pytest.mark.parametrize("status", [503, 429])
-@pytest.mark.parametrize("request_", ["repos/create", "validate-yaml", "preupload", "commit"])
+@pytest.mark.parametrize(
+    "request_, status",
+    [("repos/create", 503), ("validate-yaml", 429), ("preupload", 503), ("commit", 429), ("commit", 503)],
+)
 def test_passing_failure(hub, train, waits, request_, status):
     """A request that fails twice is made again."""
     hub.fail = [[f"POST /api/.*{request_}", 2, status]]
-    output = train("--push_to_hub", "--hub_token", TOKEN)
+    output = train("out", "--push_to_hub", "--hub_token", TOKEN)
     assert hub.fail[0][1] == 0 and len(waits) >= 2
     assert hub.repos["me/out"]["files"] == published(output)
 
@@ -138,7 +137,7 @@ def test_lasting_failure(hub, train, waits, tmp_path, request_):
     """After an upload that never succeeds, the result is whole, and the command that is named uploads it."""
     hub.fail = [[f"POST /api/.*{request_}", 10**6, 500]]
     with pytest.raises(SystemExit) as end:
-        train("--push_to_hub", "--hub_token", TOKEN, "--checkpointing_steps", 1, output="my folder/out")
+        train("my folder/out", "--push_to_hub", "--hub_token", TOKEN, "--checkpointing_steps", 1)
     said = end.value.code
     assert isinstance(said, str) and TOKEN not in said  # a text means exit status 1
     assert len(waits) < 60
@@ -157,7 +156,7 @@ def test_wrong_token(hub, train, waits, tmp_path, monkeypatch, status):
         monkeypatch.setattr(script, name, lambda *args: pytest.fail("works before it asks the Hub"))
     hub.fail = [["POST /api/repos/create", 10**6, status]]
     with pytest.raises(SystemExit, match="out on the Hub: .*"):
-        train("--push_to_hub", "--hub_token", TOKEN)
+        train("out", "--push_to_hub", "--hub_token", TOKEN)
     assert [path for _, path, _, _ in hub.requests].count("/api/repos/create") == 1 and waits == []
 
 
@@ -165,7 +164,7 @@ def test_wrong_name(hub, train, waits, monkeypatch):
     """A name that no repository can have is said at once, before any work."""
     monkeypatch.setattr(script, "load_models", lambda *args: pytest.fail("loads models before it asks the Hub"))
     with pytest.raises(SystemExit, match="me/a model"):
-        train("--push_to_hub", "--hub_token", TOKEN, "--hub_model_id", "me/a model")
+        train("out", "--push_to_hub", "--hub_token", TOKEN, "--hub_model_id", "me/a model")
     assert waits == []
 
 
@@ -175,9 +174,18 @@ def test_wrong_name(hub, train, waits, monkeypatch):
 @pytest.mark.launch
 def test_token_is_nowhere(hub, tiny_model, pictures, tmp_path):
     """A token on the command line is in no file of any tracker, checkpoint, log or upload, nor is it printed."""
-    command = ["train_text_to_image.py", *map(str, FAST), "--pretrained_model_name_or_path", str(tiny_model)]
-    command += ["--train_data_dir", str(pictures), "--output_dir", "out", "--report_to", "all", "--push_to_hub"]
-    command += ["--max_train_steps", "1", "--checkpointing_steps", "1", "--hub_token", TOKEN, f"--hub_token={TOKEN}"]
+    command = ["train_text_to_image.py", *flags_of(tiny_model, pictures, "out", *FAST), "--push_to_hub"]
+    command += [
+        "--report_to",
+        "all",
+        "--max_train_steps",
+        "1",
+        "--checkpointing_steps",
+        "1",
+        "--hub_token",
+        TOKEN,
+        f"--hub_token={TOKEN}",
+    ]
     shutil.copy(ROOT / "train_text_to_image.py", tmp_path)
     settings = {"cwd": tmp_path, "env": {**hub.env, "WANDB_DIR": str(tmp_path)}, "timeout": 120}
     done = subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True, **settings)
@@ -195,7 +203,7 @@ def test_token_is_nowhere(hub, tiny_model, pictures, tmp_path):
 
 def test_report_none(train):
     """Without a tracker there is metrics.jsonl, with every step's numbers, and nothing else in the logs."""
-    output = train("--report_to", "none", "--learning_rate", 0.5)
+    output = train("out", "--report_to", "none", "--learning_rate", 0.5)
     assert [file.name for file in (output / "logs").iterdir()] == ["metrics.jsonl"]
     rows = [json.loads(line) for line in (output / "logs" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
@@ -225,8 +233,8 @@ def test_wandb(train, monkeypatch):
     """Weights & Biases keeps its files among the logs, and a resumed run goes on with the same one."""
     monkeypatch.setenv("WANDB_SILENT", "true")
     flags = ["--report_to", "wandb", "--checkpointing_steps", 1, "--validation_prompts", "x"]
-    train(*flags)
-    output = train(*flags, "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
+    train("out", *flags)
+    output = train("out", *flags, "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
     runs = sorted((output / "logs" / "wandb").glob("offline-run-*"))
     state = json.loads((output / "checkpoint-3" / "state.json").read_text())
     assert [folder.name.split("-")[-1] for folder in runs] == [state["tracker_id"]] * 2
@@ -239,18 +247,16 @@ def test_wandb(train, monkeypatch):
 @pytest.mark.launch
 def test_a_tracker_that_is_not_installed(train, tiny_model, pictures, tmp_path, monkeypatch):
     """A missing tracker is refused by name where it is asked for, and missed nowhere else."""
-    script_path, paths = str(ROOT / "train_text_to_image.py"), ["--pretrained_model_name_or_path", tiny_model]
-    paths += ["--train_data_dir", pictures, "--output_dir", tmp_path / "refused", "--report_to", "wandb", *FAST]
-    paths += ["--max_train_steps", 1]
+    paths = flags_of(tiny_model, pictures, tmp_path / "refused", *FAST, "--report_to", "wandb")
     without = (
         "import runpy, sys; sys.modules['wandb'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0], {}, '__main__')"
     )
-    command = [sys.executable, "-c", without, script_path, *map(str, paths)]
+    command = [sys.executable, "-c", without, str(ROOT / "train_text_to_image.py"), *paths]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stderr.endswith("--report_to wandb is not installed: pip install wandb\n")
     assert not (tmp_path / "refused").exists()
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert "2 steps" in (train("--validation_prompts", "a") / "README.md").read_text()
+    assert "2 steps" in (train("out", "--validation_prompts", "a") / "README.md").read_text()
 
 
 # What is said.
@@ -260,40 +266,26 @@ def test_header(train, capsys):
     """Before the first step, a run says how many pictures, pictures a step, steps and GiB there are."""
     flags = ["--train_batch_size", 2, "--gradient_accumulation_steps", 3, "--validation_samples", 1]
     run_flags = ["--max_train_steps", 2, "--checkpointing_steps", 1, "--report_to", "none"]
-    output = train(*flags, *run_flags)
+    output = train("out", *flags, *run_flags)
     said = " ".join(capsys.readouterr().out.split())
     assert "pictures 5 to train on, 1 held out, 16 x 16" in said
     assert re.search(r"batch 6 = 2 (a process )?x 1 processes x 3 accumulated", said)
     assert re.search(r"steps .*\b2\b.*seed 1\b", said) and "precision no" in said and "cpu" in said
     assert re.search(r"cache \d+\.\d+ GiB in ", said) and re.search(r"disk \d+\.\d+ GiB .*\d GiB free", said)
     shutil.rmtree(output / "checkpoint-2")
-    train(*flags, *run_flags, "--resume_from_checkpoint", "checkpoint-1")
+    train("out", *flags, *run_flags, "--resume_from_checkpoint", "checkpoint-1")
     said = " ".join(capsys.readouterr().out.split())
     assert f"Resuming from {output / 'checkpoint-1'}" in said and re.search(r"\b1 (are )?done", said)
 
 
-def test_epochs(train):
+def test_epochs(tiny_model, pictures, tmp_path):
     """Without --max_train_steps, an epoch of 6 pictures by 4 is 2 steps, and validation comes every 5 epochs."""
-    flags = ["--train_batch_size", 4, "--validation_samples", 1, "--report_to", "none"]
-    output = train(*flags, length=("--num_train_epochs", 6))
+    flags = ["--train_batch_size", 4, "--validation_samples", 1]
+    words = flags_of(tiny_model, pictures, tmp_path / "out", *flags, "--num_train_epochs", 6)
+    output = tmp_path / "out"
+    run(script, *in_epochs(words))
     assert [step for step, _ in metrics(output, "loss")] == list(range(1, 13))
     assert [step for step, _ in metrics(output, "validation_loss")] == [0, 10, 12]
-
-
-@pytest.mark.parametrize("flags", [[], ["--use_ema"]])
-def test_disk(train, monkeypatch, flags):
-    """A run whose first checkpoint cannot fit on the disk is refused before its first step, and another is not."""
-    output = train(*flags, "--checkpointing_steps", 1, "--max_train_steps", 1)
-    size = sum(map(len, files_in(output / "checkpoint-1").values()))
-    for factor, fits in ((0.9, False), (1.1, True)):
-        disk = SimpleNamespace(total=10 * size, used=0, free=int(factor * size))
-        monkeypatch.setattr(script.shutil, "disk_usage", lambda path, disk=disk: disk)
-        if fits:
-            assert len(metrics(train(*flags, output=f"fits-{fits}"), "loss")) == 2
-        else:
-            with pytest.raises(SystemExit, match="checkpoint needs .* GiB"):
-                train(*flags, output=f"fits-{fits}")
-            assert not (output.parent / f"fits-{fits}" / "unet").exists()
 
 
 # Grids and the held-out loss.
@@ -318,13 +310,13 @@ def test_grids(finished, tiny_model):
 def test_grid_of_another_prediction(train, tiny_model):
     """A grid is drawn as --prediction_type says, also where the base model's scheduler says otherwise."""
     flags = ["--validation_prompts", PROMPTS[0], "--max_train_steps", 1, "--report_to", "none"]
-    output = train(*flags, "--prediction_type", "v_prediction")
+    output = train("out", *flags, "--prediction_type", "v_prediction")
     with Image.open(output / "samples" / "step-000000.png") as image:
         grid = np.asarray(image, dtype=int)
     pipeline, far = StableDiffusionPipeline.from_pretrained(tiny_model), {}
     for prediction_type in ("v_prediction", "epsilon"):
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type=prediction_type)
-        settings = {"num_inference_steps": 25, "height": 16, "width": 16, "output_type": "np"}
+        settings = {"num_inference_steps": script.SAMPLER_STEPS, "height": 16, "width": 16, "output_type": "np"}
         drawn = pipeline(PROMPTS[0], generator=torch.Generator().manual_seed(0), **settings).images[0] * 255
         far[prediction_type] = np.abs(grid - drawn).max()
     assert far["v_prediction"] < 2 < far["epsilon"]
@@ -333,9 +325,9 @@ def test_grid_of_another_prediction(train, tiny_model):
 def test_grids_are_deterministic(train):
     """Two runs draw the same grids, and with another seed the same of the untrained model."""
     flags = ["--validation_prompts", "a", "b", "--report_to", "none"]
-    first, second = (files_in(train(*flags, output=name) / "samples") for name in ("first", "second"))
+    first, second = (files_in(train(name, *flags) / "samples") for name in ("first", "second"))
     assert first == second and len(first) == 2
-    other = files_in(train(*flags, "--seed", 2, output="other") / "samples")
+    other = files_in(train("other", *flags, "--seed", 2) / "samples")
     assert [other[name] == first[name] for name in ("step-000000.png", "step-000002.png")] == [True, False]
 
 
@@ -352,16 +344,16 @@ OTHERWISE = [
 def test_held_out_loss_of_the_base(train, finished, flags):
     """The untrained model's held-out loss is the same in every run, so that runs can be compared."""
     flags = ["--validation_samples", 2, "--report_to", "none", "--max_train_steps", 1, *flags]
-    (step, loss), _ = metrics(train(*flags), "validation_loss")
+    (step, loss), _ = metrics(train("out", *flags), "validation_loss")
     assert step == 0 and loss == pytest.approx(metrics(finished.output, "validation_loss")[0][1], rel=1e-5)
 
 
 def test_held_out_loss_is_on_fixed_noise(train):
     """A model that does not change has the same held-out loss at every step; one that does, another."""
     flags = ["--validation_samples", 2, "--validation_steps", 1, "--max_train_steps", 3, "--report_to", "none"]
-    still = [loss for _, loss in metrics(train(*flags, "--learning_rate", 0, output="still"), "validation_loss")]
+    still = [loss for _, loss in metrics(train("still", *flags, "--learning_rate", 0), "validation_loss")]
     assert len(still) == 4 and len({*still}) == 1
-    moving = [loss for _, loss in metrics(train(*flags, "--learning_rate", 0.01, output="moving"), "validation_loss")]
+    moving = [loss for _, loss in metrics(train("moving", *flags, "--learning_rate", 0.01), "validation_loss")]
     assert moving[0] == still[0] and len({*moving}) == 4
 
 
@@ -410,7 +402,7 @@ def test_card_of_hub_names(hub, tiny_model, pictures, tmp_path):
     hub.add_folder("me/base", tiny_model)
     hub.add_folder("datasets/me/data", pictures)
     flags = ["--pretrained_model_name_or_path", "me/base", "--dataset_name", "me/data", "--report_to", "none"]
-    run(script, *FAST, *flags, "--max_train_steps", 1, "--output_dir", tmp_path / "out")
+    run(script, *SMALL.split(), *flags, *FAST, "--max_train_steps", 1, "--output_dir", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     header = card.split("---\n")[1]
     assert "base_model: me/base\n" in header and re.search(r"datasets:\s+(- )?me/data\n", header)
@@ -424,8 +416,9 @@ def test_card_of_any_length(tmp_path, steps):
     rows = [{"step": step + 1, "loss": 2.0 - step / 100} for step in range(steps)]
     (tmp_path / "logs" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--pretrained_model_name_or_path", "a/b", "--dataset_name", "c/d", "--output_dir", str(tmp_path)]
-    state = SimpleNamespace(global_step=steps, seed=1, args={"learning_rate": 1.0})
-    script.write_model_card(script.parse_args(flags), None, state, "me/x")
+    begun = make_run(script, script.parse_args(flags))
+    begun.global_step = steps
+    script.write_model_card(begun, None, "me/x")
     card = (tmp_path / "README.md").read_text()
     assert f"{steps} steps" in card
     curve = re.search(r"`([▁-█]+)`", card)[1]
@@ -436,8 +429,7 @@ def test_card_of_any_length(tmp_path, steps):
 def test_copied_alone(tiny_model, pictures, tmp_path):
     """The script alone in an empty folder trains, and leaves nothing there but the result."""
     shutil.copy(ROOT / "train_text_to_image.py", tmp_path)
-    command = ["train_text_to_image.py", *map(str, FAST), "--pretrained_model_name_or_path", str(tiny_model)]
-    command += ["--train_data_dir", str(pictures), "--output_dir", "out", "--max_train_steps", "2"]
+    command = ["train_text_to_image.py", *flags_of(tiny_model, pictures, "out", *FAST)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     settings = {"cwd": tmp_path, "env": environment, "timeout": 120}
     done = subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True, **settings)

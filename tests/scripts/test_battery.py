@@ -7,10 +7,7 @@ import signal
 import forked
 import pytest
 import torch
-from conftest import make_pictures, metrics, same, weights
-from test_exact import flat
-from test_stop import linux, litter
-from test_train_unconditional import write_config
+from helpers import flat, linux, litter, make_pictures, metrics, same, weights, write_config
 
 
 COMMON = "--resolution 32 --train_batch_size 2 --max_train_steps 6 --seed 7 --learning_rate 1e-3 --lr_warmup_steps 2 "
@@ -30,12 +27,6 @@ FLAGS = {
 }
 CASES = [(name, "tiny_model", seed) for name in FLAGS for seed in range(2)]
 CASES += [(name, family, 0) for name in list(FLAGS)[:-1] for family in ("tiny_sd2_model", "tiny_sdxl_model")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def server():
-    """The server that runs are forked from."""
-    forked.start_server("train_text_to_image")
 
 
 def beginner(name, family, request, tmp_path):
@@ -71,6 +62,7 @@ def assert_same_end(whole, stopped):
 
 
 @linux
+@pytest.mark.usefixtures("server")
 @pytest.mark.slow
 @pytest.mark.launch
 @pytest.mark.timeout(1800)
@@ -93,6 +85,7 @@ def test_kills_do_not_matter_to_any_script(name, family, seed, request, tmp_path
 
 
 @linux
+@pytest.mark.usefixtures("server")
 @pytest.mark.slow
 @pytest.mark.launch
 @pytest.mark.parametrize("name, family", sorted({case[:2] for case in CASES}))

@@ -1,0 +1,119 @@
+"""The same flag means the same in every script, and the documents' commands parse."""
+
+import argparse
+import functools
+import importlib
+import os
+import re
+import shlex
+import shutil
+
+import pytest
+from helpers import ROOT
+
+
+SCRIPTS = sorted(ROOT.glob("*.py"), key=lambda path: (path.name != "train_text_to_image.py", path.name))
+# The flags that a script can do without, though train_text_to_image.py cannot.
+OPTIONAL = {("--pretrained_model_name_or_path", "train_unconditional.py")}
+NAMES = {path.name for path in SCRIPTS}
+# What is no flag of all is declared by each script, with a default of its own.
+OWN = {"resolution"}
+
+
+def parser_of(script, monkeypatch):
+    """The argument parser that a script's parse_args builds."""
+    seen = []
+    monkeypatch.setattr(argparse.ArgumentParser, "print_help", lambda self, file=None: seen.append(self))
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).parse_args(["--help"])
+    monkeypatch.undo()
+    return seen[0]
+
+
+def kind_of(function):
+    """What tells one converter from another: its name, and the settings that it was made with."""
+    if isinstance(function, functools.partial):
+        return function.func.__name__, str(function.keywords)
+    return getattr(function, "__name__", None)
+
+
+def test_same_flag_same_meaning(monkeypatch):
+    """It has the same type, choices and help everywhere; another default stands in the script's own table."""
+    first = {}
+    problems = []
+    for path in SCRIPTS:
+        script = importlib.import_module(path.stem)
+        own_defaults = {*script.DEFAULTS, *getattr(script, "WAYS", ())}
+        for action in parser_of(path.stem, monkeypatch)._actions:
+            meaning = {
+                "dest": action.dest,
+                "type": kind_of(action.type),
+                "action": type(action),
+                # What a help ends on in parentheses is each script's own, such as the default that a mode gives.
+                "help": re.sub(r" \([^()]*\)$", "", action.help or ""),
+                **{key: getattr(action, key) for key in ("nargs", "const", "choices", "required")},
+            }
+            for flag in action.option_strings:
+                meaning["required"] |= (flag, path.name) in OPTIONAL
+                origin, other, default = first.setdefault(flag, (path.name, meaning, action.default))
+                for key in meaning:
+                    if meaning[key] != other[key]:
+                        problems.append(f"{flag}: {key} is {meaning[key]} in {path.name}, {other[key]} in {origin}")
+                if action.default != default and action.dest not in own_defaults | OWN:
+                    problems.append(f"{flag}: undeclared default {action.default} in {path.name}")
+    assert problems == []
+
+
+def test_defaults_are_of_flags(monkeypatch):
+    """What stands in a script's table of defaults is a flag of it."""
+    for path in SCRIPTS:
+        script = importlib.import_module(path.stem)
+        flags = {action.dest for action in parser_of(path.stem, monkeypatch)._actions}
+        assert {*script.DEFAULTS, *getattr(script, "WAYS", ())} <= flags, path.name
+
+
+def commands_in(text):
+    """(script, arguments) of every call of one of our scripts in the ```bash blocks of a Markdown text."""
+    for block in re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            names = [os.path.basename(word) for word in words]
+            script = next((name for name in names if name in NAMES), None)
+            runs = any(name.startswith(("python", "accelerate", "torchrun")) for name in names)
+            if script and runs:
+                arguments = words[names.index(script) + 1 :]
+                ends = [i for i, word in enumerate(arguments) if re.fullmatch(r"[|&;]+|\d?>.*", word)]
+                yield script, arguments[: min(ends, default=None)]
+
+
+def test_commands_in():
+    text = """```bash
+WANDB_MODE=offline torchrun --nproc_per_node 2 train_lora.py --rank 4 \\
+  --validation_prompt "a cat" 2>&1 | tee log  # two processes
+pip install -r requirements.txt
+cp train_lora.py elsewhere
+```
+```python
+python train_lora.py
+```
+"""
+    assert list(commands_in(text)) == [("train_lora.py", ["--rank", "4", "--validation_prompt", "a cat"])]
+
+
+DOCUMENTS = [path for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))] if path.exists()]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_documented_commands_parse(path, tmp_path, monkeypatch):
+    for name in ("configs", "demo"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    for script, arguments in commands_in(path.read_text()):
+        for flag, value in zip(arguments, arguments[1:], strict=False):
+            # Folders that the reader has; what lies in the repository must be there.
+            if flag.endswith("_dir") and not value.startswith(("/", "configs/", "demo/")):
+                os.makedirs(value, exist_ok=True)
+            if value.endswith("/train_args.yaml"):  # of an earlier run
+                os.makedirs(os.path.dirname(value), exist_ok=True)
+                shutil.copy(ROOT / "configs" / "demo_text_to_image.yaml", value)
+        importlib.import_module(script.removesuffix(".py")).parse_args(arguments)

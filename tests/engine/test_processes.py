@@ -1,0 +1,134 @@
+"""Several processes: they train as one does, one of them writes, and launches that cannot work are refused."""
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    ENDLESS,
+    ENVIRONMENT,
+    RANDOM,
+    ROOT,
+    cosine,
+    drift,
+    everything,
+    finish,
+    flags_of,
+    in_epochs,
+    launch,
+    logged,
+    make_run,
+    metrics,
+    run,
+    same,
+    start_ranks,
+    weights,
+)
+from PIL import Image
+
+import train_text_to_image as script
+
+
+@pytest.mark.launch
+def test_two_processes_are_one(tiny_model, five_pictures, tmp_path):
+    """Two processes train as one does: own noise, summed gradients, steps from epochs, grids."""
+    flags = ("--train_data_dir", five_pictures, *RANDOM, "--gradient_accumulation_steps", 2, "--num_train_epochs", 5)
+    flags += ("--lr_scheduler", "cosine", "--lr_warmup_steps", 2, "--validation_samples", 1, "--validation_steps", 3)
+    flags += ("--validation_prompts", "red", "green", "blue")
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(script, *in_epochs(flags_of(tiny_model, five_pictures, one, *flags, "--train_batch_size", 2)))
+    said = launch(2, *in_epochs(flags_of(tiny_model, five_pictures, two, *flags, "--train_batch_size", 1)))
+    assert [step for step, _ in metrics(two, "validation_loss")] == [0, 3, 5]
+    for grid in ("step-000000.png", "step-000003.png", "step-000005.png"):
+        first, second = (np.asarray(Image.open(out / "samples" / grid), dtype=int) for out in (one, two))
+        assert np.abs(first - second).max() <= (0 if grid == "step-000000.png" else 3), grid
+    for name in ("loss", "grad_norm", "validation_loss"):
+        assert metrics(two, name) == [(step, pytest.approx(value, rel=1e-4)) for step, value in metrics(one, name)]
+    rates = [(i + 1, pytest.approx(1e-3 * cosine(i, 2, 5))) for i in range(5)]
+    assert metrics(one, "lr") == rates and metrics(two, "lr") == rates
+    assert drift(one, two, tiny_model) < 1e-3
+    assert said.count("The result is in") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.launch
+def test_ranks_that_see_copies(tiny_model, pictures, tmp_path):
+    """Two ranks whose pictures are copies with other times start a second time: rank 0 knows them all, so both do."""
+    for rank in range(2):
+        shutil.copytree(pictures, tmp_path / str(rank) / "pictures")
+        for file in (tmp_path / str(rank) / "pictures").iterdir():
+            os.utime(file, (rank, rank))
+    wrapper = tmp_path / "wrapper.py"
+    lines = ["import os, runpy, sys", f"os.chdir({str(tmp_path)!r} + '/' + os.environ['RANK'])"]
+    wrapper.write_text(
+        "\n".join([*lines, f"runpy.run_path({str(ROOT / 'train_text_to_image.py')!r}, None, '__main__')"])
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(wrapper)]
+    for out in (tmp_path / "first", tmp_path / "second"):
+        flags = flags_of(tiny_model, "pictures", out, "--max_train_steps", 1)
+        environment = ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.launch
+def test_resuming_is_exact_on_three_processes(start, dropout_model, five_pictures, tmp_path):
+    """Three processes that are stopped and resumed end with the bits of those that were not."""
+    flags = ("--max_train_steps", 4, "--checkpointing_steps", 2, "--train_batch_size", 1, *RANDOM)
+    flags += ("--gradient_accumulation_steps", 2, "--lr_scheduler", "cosine", "--validation_samples", 1)
+    finish(start, flags_of(dropout_model, five_pictures, tmp_path / "whole", *flags), 3)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    flags += ("--resume_from_checkpoint", "latest")
+    finish(start, flags_of(dropout_model, five_pictures, tmp_path / "resumed", *flags), 3)
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert same(everything(resumed / "checkpoint-4"), everything(whole / "checkpoint-4"))
+    assert same(weights(resumed / "unet"), weights(whole / "unet"))
+    assert logged(resumed) == logged(whole) and len(metrics(whole, "loss")) == 4
+
+
+def test_a_state_without_models(tiny_model, pictures, tmp_path):
+    """Where accelerate hands the hooks no weights, as DeepSpeed makes it do, saving and loading work."""
+    accelerator = make_run(script, script.parse_args(flags_of(tiny_model, pictures, tmp_path / "out"))).accelerator
+    accelerator.save_state(tmp_path / "state")
+    accelerator.load_state(tmp_path / "state")
+    assert {file.name for file in (tmp_path / "state").iterdir()} == {"random_states_0.pkl"}
+
+
+@pytest.mark.launch
+def test_rank_0_alone_writes(start, command, tmp_path):
+    """Of two ranks one changes the output folder, and both draw the grids."""
+    out = tmp_path / "out"
+    flags = ("--max_train_steps", 2, "--checkpointing_steps", 1, "--checkpoints_total_limit", 1)
+    flags += ("--validation_prompts", "red", "green", "blue", "--report_to", "tensorboard")
+    ranks = start_ranks(functools.partial(start, watched=out), command(out, *flags), 2)
+    assert [process.wait() for process in ranks] == [0, 0], ranks[0].output() + ranks[1].output()
+    first, second = (Path(f"{process.log}.changes").read_text() for process in ranks)
+    assert f"shutil.rmtree {out}/checkpoint-1\n" in first and f"{out}/unet/" in first
+    assert second == ""
+    assert re.search(r"sampling: .* 1/2 ", ranks[0].output())  # two of the three are its own
+
+
+@pytest.mark.launch
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there, two processes know of each other")
+def test_processes_that_do_not_know_of_each_other_are_refused(start, command, tmp_path):
+    """Two lone runs in one folder are refused, with the command that makes them one run."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    process = start(command(tmp_path / "out", *ENDLESS), launcher)
+    assert process.wait() == 1
+    assert "2 processes" in process.output() and "ACCELERATE_USE_CPU=true" in process.output()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.launch
+def test_fsdp_is_refused(start, command, tmp_path):
+    """A launcher's FSDP, under which a save by one rank waits for ever, is refused before anything loads."""
+    process = start(command(tmp_path / "out"), environment={"ACCELERATE_USE_FSDP": "true"})
+    assert process.wait() == 1 and "FSDP is not supported" in process.output()
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,283 @@
+"""Resuming: to the same bits at any step, from the newest whole checkpoint, and only the run that it was."""
+
+import os
+import re
+import shutil
+
+import pytest
+from diffusers import UNet2DConditionModel
+from helpers import (
+    RANDOM,
+    assert_equal,
+    count_calls,
+    everything,
+    litter,
+    logged,
+    losses,
+    metrics,
+    run,
+    same,
+    watch,
+    weights,
+    whole_checkpoints,
+)
+from safetensors.torch import load_file, save_file
+
+import train_text_to_image as script
+
+
+# Exactly.
+
+
+RESUMED = {
+    # Latents are cached at first, and no more by a run that is resumed at the last step.
+    "adamw": (*RANDOM, "--lr_scheduler", "cosine", "--lr_warmup_steps", 2, "--max_train_samples", 3),
+    "8bit": ("--use_8bit_adam", "--no-center_crop", "--snr_gamma", 5, "--noise_offset", 0.1, "--dream_training"),
+    "uncached": (*RANDOM, "--no_encoding_cache", "--validation_samples", 1, "--validation_steps", 2),
+}
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_resuming_is_exact_at_every_step(train, dropout_model, five_pictures, wide_pictures, kind):
+    """Whatever step a run is resumed at, it ends with the same bits of weights, average, optimizer and log."""
+    data = wide_pictures if kind == "8bit" else five_pictures
+    flags = ("--pretrained_model_name_or_path", dropout_model, "--train_data_dir", data, "--max_train_steps", 6)
+    flags += ("--train_batch_size", 1, "--gradient_accumulation_steps", 2, "--checkpointing_steps", 1, *RESUMED[kind])
+    whole = train("whole", *flags)
+    assert len({loss for _, loss in metrics(whole, "loss")}) == 6
+    for step in (1, 5) if kind == "uncached" else (1, 2, 3, 4, 5):
+        begun = whole.with_name(f"from-{step}") / f"checkpoint-{step}"
+        shutil.copytree(whole / begun.name, begun)
+        resumed = train(begun.parent.name, *flags, "--resume_from_checkpoint", "latest")
+        for later in range(step + 1, 7):
+            name = f"checkpoint-{later}"
+            assert same(everything(resumed / name), everything(whole / name)), f"{name}, resumed at step {step}"
+        assert logged(resumed) == logged(whole), f"resumed at step {step}"
+        assert same(weights(resumed / "unet"), weights(whole / "unet")), f"resumed at step {step}"
+
+
+def test_resuming_a_finished_run(train, monkeypatch):
+    """A run that is resumed after its end takes no step, or those after its last checkpoint."""
+    for name, steps, every, tail in (("at-end", 4, 2, 0), ("later", 5, 2, 1)):
+        flags = (*RANDOM, "--max_train_steps", steps, "--checkpointing_steps", every)
+        out = train(name, *flags)
+        before, rows = weights(out / "unet"), logged(out)
+        batches = watch(monkeypatch, script).batches
+        train(name, *flags, "--resume_from_checkpoint", "latest")
+        assert len(batches) == tail
+        assert same(weights(out / "unet"), before) and logged(out) == rows
+        assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+        monkeypatch.undo()
+
+
+def test_resuming_prepares_no_picture_that_it_skips(train, monkeypatch):
+    """A resumed run resizes and crops the pictures of the steps that are left, and no others."""
+    flags = ("--no_encoding_cache", "--max_train_steps", 5, "--checkpointing_steps", 4)
+    train("out", *flags)
+    prepared = count_calls(monkeypatch, script.Samples, "pixels")
+    train("out", *flags, "--resume_from_checkpoint", "latest")
+    assert len(prepared) == 2  # one batch
+
+
+# From which checkpoint.
+
+
+@pytest.fixture
+def refused(command, capsys):
+    """Runs in this process what must be refused; returns the refusal."""
+
+    def refuse(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            run(script, *arguments)
+        return str(end.value.code) + "".join(capsys.readouterr())
+
+    return refuse
+
+
+@pytest.fixture(scope="session")
+def trained(command, tmp_path_factory):
+    """The output of three steps with a checkpoint each."""
+    out = tmp_path_factory.mktemp("trained") / "out"
+    run(script, *command(out, "--max_train_steps", 3, "--checkpointing_steps", 1))
+    return out
+
+
+@pytest.fixture
+def out(trained, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(trained, tmp_path / "out")
+
+
+RESUME = ("--checkpointing_steps", 1, "--resume_from_checkpoint")
+
+
+def cut(checkpoint):
+    """Cuts a byte off a checkpoint's weights."""
+    with open(checkpoint / "unet" / "diffusion_pytorch_model.safetensors", "r+b") as file:
+        file.truncate(file.seek(0, os.SEEK_END) - 1)
+
+
+TEARS = {
+    "cut": cut,
+    "empty": lambda checkpoint: (checkpoint / "state.json").write_bytes(b""),
+    "no manifest": lambda checkpoint: (checkpoint / "manifest.json").unlink(),
+    "torn manifest": lambda checkpoint: (checkpoint / "manifest.json").write_text('{"state.json": 1'),
+    "no averages": lambda checkpoint: shutil.rmtree(checkpoint / "unet_ema"),
+}
+
+
+@pytest.mark.parametrize("tear", TEARS)
+def test_latest_passes_over_torn_checkpoints(tear, command, refused, out, uninterrupted, capsys):
+    """The newest whole one is taken, and the torn one is named; asked for by its path, it is refused."""
+    TEARS[tear](out / "checkpoint-3")
+    flags = command(out, "--max_train_steps", 3, *RESUME)
+    assert "not a whole checkpoint" in refused(*flags, out / "checkpoint-3")
+    for name in ("checkpoint-best", "checkpoint-9.bak", "checkpoint-", ".checkpoint-8.tmp"):
+        shutil.copytree(out / "checkpoint-1", out / name)
+    capsys.readouterr()
+    run(script, *flags, "latest")
+    said = capsys.readouterr().out
+    passed = [line for line in said.splitlines() if "not whole" in line]
+    assert len(passed) == 1 and f"{out}/checkpoint-3" in passed[0]
+    assert f"Resuming from {out}/checkpoint-2." in said
+    assert_equal(out / "checkpoint-3", uninterrupted(3))
+    assert same(weights(out / "unet"), weights(uninterrupted(3) / "unet_ema"))
+    assert (out / "checkpoint-best").exists() and (out / "checkpoint-9.bak").exists() and litter(out) == []
+
+
+def test_latest_starts_anew_where_all_are_torn(command, out, uninterrupted, capsys):
+    """With nothing to resume from, the run starts at step 0 and says so."""
+    for step in (1, 2, 3):
+        (out / f"checkpoint-{step}" / "manifest.json").unlink()
+    run(script, *command(out, "--max_train_steps", 2, *RESUME, "latest"))
+    said = capsys.readouterr().out
+    assert said.count("not whole") == 3 and "starting at step 0" in said
+    assert_equal(out / "checkpoint-2", uninterrupted(2))
+
+
+def test_the_limit_keeps_the_newest(command, tmp_path):
+    """Of the checkpoints, as many as asked for stay; other folders that look like them stay as well."""
+    out = tmp_path / "out"
+    others = ["checkpoint-best", "checkpoint-0.old"]
+    for name in others:
+        (out / name).mkdir(parents=True)
+    steps = ("--max_train_steps", 12, "--checkpointing_steps", 1, "--checkpoints_total_limit", 3)
+    run(script, *command(out, *steps))
+    assert whole_checkpoints(out) == [10, 11, 12]  # by number: 9 is no newer than 10
+    assert sorted(p.name for p in out.glob("checkpoint-*")) == sorted(
+        [*others, "checkpoint-10", "checkpoint-11", "checkpoint-12"]
+    )
+
+
+def test_moved_files_are_the_same_run(command, out, pictures, tiny_model, uninterrupted, tmp_path):
+    """Base model, pictures and checkpoint may move: what they hold counts, not where they are."""
+    model = shutil.copytree(tiny_model, tmp_path / "elsewhere" / "model")
+    data = shutil.copytree(pictures, tmp_path / "elsewhere" / "pictures")
+    checkpoint = shutil.copytree(out / "checkpoint-2", tmp_path / "elsewhere" / "step two")
+    moved = ("--pretrained_model_name_or_path", model, "--train_data_dir", data)
+    run(script, *command(tmp_path / "new", "--max_train_steps", 4, *RESUME, f"{checkpoint}/", *moved))
+    assert whole_checkpoints(tmp_path / "new") == [3, 4]
+    assert_equal(tmp_path / "new" / "checkpoint-4", uninterrupted(4))
+
+
+def test_a_checkpoint_loads_in_diffusers(trained):
+    """The weights and their average are folders that diffusers loads as they are, and they differ."""
+    parts = [UNet2DConditionModel.from_pretrained(trained / "checkpoint-3", subfolder=s) for s in ("unet", "unet_ema")]
+    unet, averaged = (dict(part.named_parameters()) for part in parts)
+    assert same(averaged, weights_by_name(trained / "unet")) and not same(unet, averaged)
+
+
+def weights_by_name(folder):
+    """The tensors of a model's folder, by name only."""
+    return {name.split(":")[1]: tensor for name, tensor in weights(folder).items()}
+
+
+# What is no continuation.
+
+
+def test_a_folder_that_holds_a_run_is_refused(command, refused, out, uninterrupted):
+    """The refusal names three ways out, and --overwrite_output_dir is one."""
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    said = refused(*command(out, "--max_train_steps", 1))
+    assert all(way in said for way in ("--resume_from_checkpoint latest", "--overwrite_output_dir", "--output_dir"))
+    assert "Traceback" not in said
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    (out / "checkpoint-best").mkdir()
+    for stale in ("samples/step-009999.png", "unet/stale.safetensors", "notes.txt"):
+        (out / stale).parent.mkdir(exist_ok=True)
+        (out / stale).write_text("of the run before, or the user's own")
+    run(script, *command(out, "--max_train_steps", 1, "--checkpointing_steps", 1, "--overwrite_output_dir"))
+    assert whole_checkpoints(out) == [1] and (out / "checkpoint-best").exists() and (out / "notes.txt").exists()
+    assert not (out / "samples" / "step-009999.png").exists() and not (out / "unet" / "stale.safetensors").exists()
+    assert_equal(out / "checkpoint-1", uninterrupted(1))
+    assert losses(out / "logs") == losses(uninterrupted(1))
+
+
+def test_another_run_is_not_resumed(command, refused, out, pictures, tiny_model, tmp_path):
+    """Another seed, base model, data set or caption is refused, in a sentence, and nothing is changed."""
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    flags = command(out, "--max_train_steps", 4, *RESUME, "latest")
+    assert "--seed 7" in refused(*flags, "--seed", 8)
+
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    for part in ("vae", "text_encoder"):
+        file = next((model / part).glob("*.safetensors"))
+        good, tensors = file.read_bytes(), load_file(file)
+
+        name = sorted(tensors)[0]
+        save_file({**tensors, name: tensors[name] + 1e-3}, file, metadata={"format": "pt"})
+        assert "another base model" in refused(*flags, "--pretrained_model_name_or_path", model)
+        file.write_bytes(good)
+
+    data = shutil.copytree(pictures, tmp_path / "pictures")
+    captions = (data / "metadata.jsonl").read_text()
+    (data / "metadata.jsonl").write_text(captions.replace("circle", "disc", 1))
+    assert "another data set" in refused(*flags, "--train_data_dir", data)
+    (data / "metadata.jsonl").write_text(captions.split("\n", 1)[1])
+    (data / "000.png").unlink()
+    assert "another data set" in refused(*flags, "--train_data_dir", data)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_a_base_that_predicts_something_else_is_not_resumed(command, refused, out, tiny_v_model):
+    """The same weights with a scheduler for v are another base model: the loss would be another one."""
+    flags = command(out, "--max_train_steps", 4, *RESUME, "latest")
+    assert "another" in refused(*flags, "--pretrained_model_name_or_path", tiny_v_model)
+
+
+@pytest.mark.parametrize(
+    "before, after", [((), "--use_ema"), ((), "--use_8bit_adam"), (("--use_8bit_adam",), "--no-use_8bit_adam")]
+)
+def test_a_checkpoint_without_the_state_is_refused(train, before, after):
+    """What a checkpoint has no average or moments for cannot go on from it, and is refused in a sentence."""
+    train("out", *before, "--checkpointing_steps", 2)
+    with pytest.raises(SystemExit, match="use_ema" if "ema" in after else "use_8bit_adam"):
+        train("out", *before, after, "--max_train_steps", 6, "--resume_from_checkpoint", "latest")
+
+
+def test_an_abandoned_end_is_not_mistaken_for_the_new_one(command, refused, out, tmp_path):
+    """Going on before the newest checkpoint is refused where it is: `latest` would later find the old end."""
+    flags = command(out, "--max_train_steps", 3, "--learning_rate", 1e-3, *RESUME)
+    assert "checkpoint-3" in refused(*flags, "checkpoint-1") and whole_checkpoints(out) == [1, 2, 3]
+    run(script, *flags, out / "checkpoint-1", "--output_dir", tmp_path / "branch")
+    assert whole_checkpoints(tmp_path / "branch") == [2, 3] and whole_checkpoints(out) == [1, 2, 3]
+
+
+def test_changed_flags_are_listed_and_obeyed(command, out, capsys):
+    """A resumed run says what has changed, and takes a new learning rate from its first step on."""
+    shutil.rmtree(out / "checkpoint-3")  # else the run refuses to go back, as "latest" would mistake it
+    changes = ("--learning_rate", 3e-3, "--max_grad_norm", 0.5, "--adam_weight_decay", 30.0)
+    run(script, *command(out, "--max_train_steps", 4, *RESUME, "checkpoint-2", *changes))
+    said = capsys.readouterr().out
+    listed = set(re.findall(r"--(\w+) was (\S+) and is now (\S+)", said))
+    changed = {("learning_rate", "0.0001", "0.003"), ("max_grad_norm", "1.0", "0.5"), ("max_train_steps", "3", "4")}
+    changed.add(("adam_weight_decay", "0.01", "30.0"))
+    assert {flag for flag in listed if flag[0] != "output_dir"} == changed
+    assert metrics(out, "lr") == [(1, 1e-4), (2, 1e-4), (3, 3e-3), (4, 3e-3)]
+    assert losses(out / "checkpoint-2") == losses(out / "logs")[:2]
+    steps = [weights(out / f"checkpoint-{step}" / "unet") for step in (1, 2, 3)]
+    moved = [max(float((b[name] - a[name]).abs().max()) for name in a) for a, b in zip(steps, steps[1:])]
+    assert moved[1] > 10 * moved[0]  # Adam's steps are about as long as the learning rate
+    sizes = [sum(float(tensor.abs().sum()) for tensor in step.values()) for step in steps]
+    assert sizes[1] == pytest.approx(sizes[0], rel=1e-2) and sizes[2] < 0.95 * sizes[1]  # 1 - 3e-3 * 30

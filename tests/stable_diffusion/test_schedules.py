@@ -1,0 +1,88 @@
+"""What the UNet predicts and the noise schedule: saved with the result, and zero terminal SNR."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from diffusers import DDPMScheduler, DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline
+from helpers import changed, for_each_family, refused_base, same, weights
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_prediction_type_is_saved(train, tiny_model, tiny_v_model, prediction_type):
+    """What the UNet learns to predict stands in the saved scheduler, with all else as the base has it."""
+    for model in (tiny_model, tiny_v_model):
+        out = train(
+            f"from-{model.name}", "--pretrained_model_name_or_path", model, "--prediction_type", prediction_type
+        )
+        before, after = (
+            json.loads((folder / "scheduler" / "scheduler_config.json").read_text()) for folder in (model, out)
+        )
+        assert after == before | {"prediction_type": prediction_type}
+    assert StableDiffusionPipeline.from_pretrained(out).scheduler.config.prediction_type == prediction_type
+    assert same(weights(out / "unet"), weights(out.with_name("from-tiny") / "unet"))
+
+
+def test_a_v_model_stays_one(train, tiny_v_model):
+    """A base model that predicts v is trained and saved so without a flag, and learns."""
+    flags = ("--pretrained_model_name_or_path", tiny_v_model)
+    by_default, by_flag = train("default", *flags), train("flag", *flags, "--prediction_type", "v_prediction")
+    assert same(weights(by_default / "unet"), weights(by_flag / "unet"))
+    assert StableDiffusionPipeline.from_pretrained(by_default).scheduler.config.prediction_type == "v_prediction"
+    epsilon = train("epsilon", *flags, "--prediction_type", "epsilon")
+    assert not same(weights(epsilon / "unet"), weights(by_default / "unet"))
+
+
+@for_each_family
+def test_zero_terminal_snr(base, train, tmp_path):
+    """The last timestep is noise alone, and the saved scheduler samples from there as it was trained."""
+    flags = ("--rescale_betas_zero_snr", "--prediction_type", "v_prediction", "--snr_gamma", 5)
+    out = train("out", *flags, "--validation_prompts", "a cat", base=base)
+    pipeline = DiffusionPipeline.from_pretrained(out)
+    config = pipeline.scheduler.config
+    assert config.rescale_betas_zero_snr and config.timestep_spacing == "trailing"
+    assert config.prediction_type == "v_prediction"
+    scheduler = DDPMScheduler.from_config(config)
+    assert scheduler.alphas_cumprod[-1] == 0 < scheduler.alphas_cumprod[-2]
+    pipeline.scheduler.set_timesteps(10)
+    assert pipeline.scheduler.timesteps[0] == 999
+    images = pipeline("a cat", height=16, width=16, num_inference_steps=3, output_type="np").images
+    assert np.isfinite(images).all() and images.std() > 0
+
+
+def test_a_scheduler_that_cannot_is_replaced(tiny_model, train, tmp_path):
+    """PNDM, which SD 1.x comes with, cannot sample from noise alone: the result comes with a scheduler that can."""
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    scheduler = DiffusionPipeline.from_pretrained(tiny_model).scheduler
+    PNDMScheduler.from_config(scheduler.config, skip_prk_steps=True).save_pretrained(base / "scheduler")
+    index = json.loads((base / "model_index.json").read_text()) | {"scheduler": ["diffusers", "PNDMScheduler"]}
+    (base / "model_index.json").write_text(json.dumps(index))
+    flags = ("--prediction_type", "v_prediction", "--max_train_steps", 1)
+    plain = DiffusionPipeline.from_pretrained(train("plain", *flags, base=base)).scheduler
+    assert type(plain).__name__ == "PNDMScheduler" and plain.config.prediction_type == "v_prediction"
+    able = DiffusionPipeline.from_pretrained(train("out", *flags, "--rescale_betas_zero_snr", base=base)).scheduler
+    assert type(able).__name__ == "EulerDiscreteScheduler" and able.config.rescale_betas_zero_snr
+    assert able.config.beta_end == 0.012 and able.config.timestep_spacing == "trailing"
+
+
+def test_zero_terminal_snr_needs_more_than_noise(tiny_model, tiny_sdxl_model, tmp_path, capsys):
+    """Where the input is noise alone, to predict the noise teaches nothing: refused, by the flag or by the base."""
+    for base, *words in (
+        (tiny_model, "--rescale_betas_zero_snr"),
+        (tiny_model, "--rescale_betas_zero_snr", "--prediction_type", "epsilon"),
+        (
+            changed(tiny_sdxl_model, tmp_path / "x", "scheduler/scheduler_config.json", rescale_betas_zero_snr=True),
+            "--seed",
+            1,
+        ),
+    ):
+        flags = ("--pretrained_model_name_or_path", base, "--train_data_dir", base, *words)
+        assert "v_prediction" in refused_base(capsys, flags)
+
+
+def test_another_noise_schedule_is_not_resumed(tiny_sd2_model, train):
+    """A run goes on with the noise schedule that it began with."""
+    train("out", "--max_train_steps", 2, "--checkpointing_steps", 2, base=tiny_sd2_model)
+    with pytest.raises(SystemExit, match="noise schedule"):
+        train("out", "--rescale_betas_zero_snr", "--resume_from_checkpoint", "latest", base=tiny_sd2_model)
