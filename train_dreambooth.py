@@ -282,7 +282,8 @@ class HelpFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action):
         default = DEFAULTS.get(action.dest, action.default)
-        silent = default is None or default is False or "default" in action.help or action.nargs == 0
+        absent = default is None or default is False or default is argparse.SUPPRESS
+        silent = absent or "default" in action.help or action.nargs == 0
         return action.help if silent else f"{action.help} (default: {default})"
 
 

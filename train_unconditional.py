@@ -112,7 +112,7 @@ def add_flags(parser):
         dest="report_to",
         default=unset,
         choices=TRACKERS,
-        help="the same as --report_to (default: tensorboard)",
+        help="the same as --report_to",
     )
 
 
@@ -140,7 +140,10 @@ def add_data_set_flags(parser):
     add = parser.add_argument_group("data set").add_argument
     add("--dataset_name", help="a data set on the Hub, or whatever else datasets.load_dataset takes")
     add("--dataset_config_name", help="configuration of that data set")
-    add("--train_data_dir", help="folder of pictures (with metadata.jsonl, .csv or .txt captions, or parquet files)")
+    add(
+        "--train_data_dir",
+        help="folder of pictures, or of parquet files (captions: metadata.jsonl or .csv, or .txt files)",
+    )
     add("--image_column", default="image", help="column of the pictures (Hub and parquet)")
 
 
@@ -215,7 +218,8 @@ class HelpFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action):
         default = DEFAULTS.get(action.dest, action.default)
-        silent = default is None or default is False or "default" in action.help or action.nargs == 0
+        absent = default is None or default is False or default is argparse.SUPPRESS
+        silent = absent or "default" in action.help or action.nargs == 0
         return action.help if silent else f"{action.help} (default: {default})"
 
 
