@@ -479,6 +479,8 @@ from tqdm.auto import tqdm
 from tqdm.contrib.concurrent import thread_map
 
 
+# The method: its pictures, what a sample draws, its models and their loss, what it saves.
+
 # What is uploaded: no checkpoints, no logs, no arguments with their local paths.
 PUBLISHED = "README.md model_index.json samples/* unet/* vae/* scheduler/*".split()
 PUBLISHED += "text_encoder/* text_encoder_2/* tokenizer/* tokenizer_2/*".split()

@@ -140,10 +140,7 @@ def add_data_set_flags(parser):
     add = parser.add_argument_group("data set").add_argument
     add("--dataset_name", help="a data set on the Hub, or whatever else datasets.load_dataset takes")
     add("--dataset_config_name", help="configuration of that data set")
-    add(
-        "--train_data_dir",
-        help="folder of pictures, or of parquet files (captions: metadata.jsonl or .csv, or .txt files)",
-    )
+    add("--train_data_dir", help="folder of pictures (or of parquet files; captions in metadata.jsonl, .csv or .txt files)")
     add("--image_column", default="image", help="column of the pictures (Hub and parquet)")
 
 
@@ -407,6 +404,8 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from tqdm.contrib.concurrent import thread_map
 
+
+# The method: its pictures, what a sample draws, its models and their loss, what it saves.
 
 # What is uploaded: no checkpoints, no logs, no arguments with their local paths.
 PUBLISHED = "README.md model_index.json samples/* unet/* scheduler/*".split()
