@@ -53,7 +53,6 @@ import yaml
 # This script's flags: what it refuses, its defaults, and what it alone takes or shares with some.
 
 DEEPFLOYD = "it is for DeepFloyd IF, which this script does not train, so leave it out"
-BIASED = "timesteps are drawn evenly; to weigh them otherwise, take --snr_gamma"
 REFUSED = {
     "--local_rank": "launchers pass the rank in the environment, so leave this flag out",
     "--tokenizer_name": "the tokenizer has to be the base model's own, so put it into that model's tokenizer folder",
@@ -214,7 +213,7 @@ def add_data_set_flags(parser):
     add = parser.add_argument_group("data set").add_argument
     add("--dataset_name", help="a data set on the Hub, or whatever else datasets.load_dataset takes")
     add("--dataset_config_name", help="configuration of that data set")
-    add("--train_data_dir", help="folder of pictures (or of parquet files; captions in metadata.jsonl, .csv or .txt files)")
+    add("--train_data_dir", help="folder of pictures (or of parquet files)")
     add("--image_column", default="image", help="column of the pictures (Hub and parquet)")
 
 
@@ -294,7 +293,7 @@ def class_pictures(args):
 
 
 def missing_class_pictures(args):
-    """Names the class pictures that are still to be drawn."""
+    """Makes the folder of the class pictures, and names those that are still to be drawn."""
     Path(args.class_data_dir).mkdir(parents=True, exist_ok=True)
     there = {Path(record["name"]).name for record in class_pictures(args)}
     names = [f"class-{i:05d}.png" for i in range(args.num_class_images)]
@@ -342,9 +341,10 @@ def fill_class_pictures(run):
 #   REFUSED
 #       flags that the script does not take, by name, and why [{}]
 #   DEFAULTS
-#       the script's defaults of flags that every script has [{}]
+#       the script's defaults of flags that every script has; output_dir, learning_rate, train_batch_size, a number of
+#       epochs or steps, of epochs or steps between validations, and tracker_project_name have no other
 #   add_flags(parser)
-#       adds the flags that not every script has [nothing]
+#       adds the flags that not every script has; --pretrained_model_name_or_path and --resolution have to be there
 #   check_flags(args) -> list
 #       what can be wrong with those: (whether it is wrong, the sentence to say) [[]]; it may fill in what is None
 
@@ -380,7 +380,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action):
         default = DEFAULTS.get(action.dest, action.default)
-        absent = default is None or default is False or default is argparse.SUPPRESS
+        absent = default is None or default is False or action.default is argparse.SUPPRESS
         silent = absent or "default" in action.help or action.nargs == 0
         return action.help if silent else f"{action.help} (default: {default})"
 
@@ -504,9 +504,9 @@ def read_config(parser, argv):
         parser.error(f"--config {path} is not a readable file of 'flag: value' lines: {error}")
     known = parser._option_string_actions
     given = {known[flag].dest for flag in (word.split("=")[0] for word in argv) if flag in known}
-    for name in given & REPLACES.keys():  # what the command line says in other words counts no more
-        if REPLACES[name] not in given:
-            config.pop(REPLACES[name], None)
+    # What the command line says in other words counts no more.
+    replaced = {REPLACES[name] for name in given & REPLACES.keys()} - given
+    config = {name: v for name, v in config.items() if getattr(known.get(f"--{name}"), "dest", name) not in replaced}
     for name, value in config.items():
         if value is False and f"--no-{name}" not in known:
             takes_value = f"--{name}" not in known or known[f"--{name}"].nargs != 0
@@ -609,7 +609,8 @@ def choose_caption(samples, key):
 def make_sample(samples, key):
     """Returns a sample: its picture and caption, as picture_and_caption has them, and the draws that its loss needs.
 
-    "timesteps" is an integer, "noise" a float32 array of the latents' shape (4, h, w), "offset_noise" is (4, 1, 1).
+    "timesteps" is an integer, "noise" a float32 array of the latents' shape (4, h, w). With --noise_offset,
+    "offset_noise" is one of (4, 1, 1).
     """
     shape = samples.sample_shape
     sample = picture_and_caption(samples, key)
@@ -629,8 +630,7 @@ def load_models(run):
     """Loads the base model and adds adapters to its UNet, and with --train_text_encoder to its text encoders."""
     args = run.args
     models = load_base(run)
-    way = "a subject" if args.instance_prompt else "captioned pictures"
-    run.accelerator.print(f"way        {way}: " + ", ".join(f"{name} {getattr(args, name)}" for name in WAYS))
+    run.accelerator.print(f"way        {describe_way(args)}")
     models.unet_digest = weights_digest(models.unet)
     models.adapters = {"unet": models.unet}  # by part, as files and pipelines name them
     if args.train_text_encoder:
@@ -650,6 +650,13 @@ def load_models(run):
         model.add_adapter(config)
     models.params_to_optimize = [p for model in models.trained for p in model.parameters() if p.requires_grad]
     return models
+
+
+def describe_way(args):
+    """Says which way is taken, and what the flags are whose defaults depend on it."""
+    way = "a subject" if args.instance_prompt else "captioned pictures"
+    values = {name: getattr(args, name) for name in WAYS}
+    return f"{way}: " + ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
 
 
 def unet_targets(args, unet):
@@ -839,12 +846,9 @@ def sgm_name(layer, layers_per_block):
     return f"output_blocks.{number}.{part}{layer[found.end() :]}"
 
 
-def save_kohya(run, models):
-    """Writes the adapters under the names and with the metadata of kohya's scripts, for A1111 and ComfyUI."""
-    args, tensors = run.args, {}
-    name = Path(args.output_dir).resolve().name
-    alpha = (args.lora_alpha or args.rank) * (math.sqrt(args.rank) if args.use_rslora else 1)
-    xl = len(models.text_encoders) > 1
+def kohya_tensors(models, alpha):
+    """Returns the adapters' weights, and their alpha beside each pair, under the names of kohya's scripts."""
+    tensors, xl = {}, len(models.text_encoders) > 1
     prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if xl else "lora_te", "text_encoder_2": "lora_te2"}
     for part, model in models.adapters.items():
         for key, tensor in get_peft_model_state_dict(model).items():
@@ -854,20 +858,30 @@ def save_kohya(run, models):
             layer = f"{prefixes[part]}_{layer.replace('.', '_')}"
             tensors[f"{layer}.{'lora_down' if side == 'A' else 'lora_up'}.weight"] = tensor.contiguous()
             tensors[f"{layer}.alpha"] = torch.tensor(float(alpha))
-    v_prediction = models.noise_scheduler.config.prediction_type == "v_prediction"
-    sd2 = models.unet.config.cross_attention_dim == 1024
-    if xl:
-        family, kind = "sdxl_base_v1-0", "xl-v1-base"
-    elif sd2:
-        family, kind = "sd_v2", "v2-768-v" if v_prediction else "v2-512"
-    else:
-        family, kind = "sd_v1", "v1"
+    return tensors
+
+
+def kohya_family(models):
+    """Returns what kohya's scripts call the base's family, and what the modelspec calls it."""
+    if len(models.text_encoders) > 1:
+        return "sdxl_base_v1-0", "xl-v1-base"
+    if models.unet.config.cross_attention_dim == 1024:
+        v_prediction = models.noise_scheduler.config.prediction_type == "v_prediction"
+        return "sd_v2", "v2-768-v" if v_prediction else "v2-512"
+    return "sd_v1", "v1"
+
+
+def save_kohya(run, models):
+    """Writes the adapters under the names and with the metadata of kohya's scripts, for A1111 and ComfyUI."""
+    args, name = run.args, Path(run.args.output_dir).resolve().name
+    alpha = (args.lora_alpha or args.rank) * (math.sqrt(args.rank) if args.use_rslora else 1)
+    family, kind = kohya_family(models)
     metadata = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": args.rank,
         "ss_network_alpha": alpha,
         "ss_base_model_version": family,
-        "ss_v2": sd2 and not xl,
+        "ss_v2": family == "sd_v2",
         "ss_output_name": name,
         "ss_learning_rate": args.learning_rate,
         "ss_seed": run.seed,
@@ -876,7 +890,8 @@ def save_kohya(run, models):
         "modelspec.title": name,
     }
     metadata = {key: str(value) for key, value in metadata.items()}
-    save_file(tensors, Path(args.output_dir, "pytorch_lora_weights_kohya.safetensors"), metadata)
+    file = Path(args.output_dir, "pytorch_lora_weights_kohya.safetensors")
+    save_file(kohya_tensors(models, alpha), file, metadata)
 
 
 def loading_code(run, models, name):
@@ -1050,15 +1065,20 @@ def open_base(args):
         missing = single_file and not args.single_file_config
         hint = " Without a network, and for SD 2.x, a single file needs --single_file_config." if missing else ""
         raise SystemExit(f"{base} cannot be loaded as a Stable Diffusion model of safetensors files: {problem}{hint}")
-    unet = pipeline.unet.config
-    channels = {unet.in_channels, pipeline.vae.config.latent_channels}
-    known = channels == {4} and unet.addition_embed_type in (None, "text_time")
-    if not known or pipeline.text_encoder is None or "EDM" in type(pipeline.scheduler).__name__:
-        sentence = "is no text-to-image model of Stable Diffusion 1.x, 2.x or XL; this script trains those."
-        raise SystemExit(f"{base} {sentence}")
+    check_family(base, pipeline)
     for part in (pipeline, pipeline.unet, pipeline.vae):  # their files would name a folder of this machine
         part.register_to_config(_name_or_path=Path(base).resolve().name if Path(base).exists() else base)
     return pipeline
+
+
+def check_family(base, pipeline):
+    """Refuses models that draw by other means than Stable Diffusion 1.x, 2.x and XL: inpainting, refiners, EDM."""
+    unet = pipeline.unet.config
+    known = {unet.in_channels, pipeline.vae.config.latent_channels} == {4}
+    known &= unet.addition_embed_type in (None, "text_time") and pipeline.text_encoder is not None
+    if not known or "EDM" in type(pipeline.scheduler).__name__:
+        sentence = "is no text-to-image model of Stable Diffusion 1.x, 2.x or XL; this script trains those."
+        raise SystemExit(f"{base} {sentence}")
 
 
 def set_schedule(args, pipeline):
@@ -1071,8 +1091,10 @@ def set_schedule(args, pipeline):
     if config.get("rescale_betas_zero_snr"):
         if config["prediction_type"] == "epsilon":
             base = args.pretrained_model_name_or_path
-            sentence = "where the schedule ends in noise alone, take --prediction_type v_prediction."
-            raise SystemExit(f"{base}: {sentence}")
+            sentence = (
+                "ends in noise alone (by itself, or by --rescale_betas_zero_snr): take --prediction_type v_prediction."
+            )
+            raise SystemExit(f"The noise schedule of {base} {sentence}")
         # Not all, such as the PNDM of SD 1.x, can sample from noise alone.
         able = "rescale_betas_zero_snr" in inspect.signature(scheduler).parameters
         scheduler = scheduler if able else EulerDiscreteScheduler
@@ -1207,14 +1229,14 @@ def fill_cache(run, models, visits):
         return
     jobs, models.idle, setting = {}, frozen, encoder_setting(run)
     for samples, keys in visits:
-        crops, captions, worth_keeping = plan_cache(run, samples, keys)
+        crops, captions, worth_keeping = plan_cache(run, samples, keys, models.text_encoders[0] in frozen)
         if not worth_keeping:
             crops = set()
             models.idle = [model for model in frozen if model is not models.vae]
         for crop in crops:
             file = samples.cached_latents[crop] = latents_file(run, models, setting, samples, crop)
             jobs[file] = (encode_crop, models, samples, crop)
-        for caption in captions if models.text_encoders[0] in frozen else ():
+        for caption in captions:
             file = samples.cached_embeddings[caption] = embeddings_file(run, models, setting, caption)
             jobs[file] = (encode_prompts, models, [caption])
     fill_entries(run, jobs)
@@ -1226,12 +1248,13 @@ def fill_cache(run, models, visits):
     torch.cuda.empty_cache()
 
 
-def plan_cache(run, samples, keys):
+def plan_cache(run, samples, keys, frozen_text):
     """Returns the crops and captions that some keys will meet, and whether the crops' latents are worth keeping."""
     crops, captions, met = set(), set(), 0
     for key in tqdm(keys, "planning", delay=5, disable=not run.accelerator.is_main_process):
         crops.add(samples.choose_crop(key))
-        captions.add(choose_caption(samples, key))
+        if frozen_text:
+            captions.add(choose_caption(samples, key))
         met += 1
     # An entry that is met less than twice costs more than it spares, unless the next run meets it again.
     met_again = run.args.center_crop and len(crops) <= SMALL_SET
@@ -1311,9 +1334,9 @@ def fill_entries(run, jobs):
 #   make_sample(samples, key) -> dict
 #       a sample of arrays, numbers and texts, with all that it draws, by samples.rng(key, "a name of the draw")
 #   load_models(run) -> models
-#       a namespace of the pipeline, unet, noise_scheduler, sample_shape (of the noise), trained (models),
-#       params_to_optimize, ema_unet (None if there is no average) and idle (frozen models that no step needs).
-#       It sets run.resolution.
+#       a namespace of the pipeline, which has the unet without what accelerate wraps it in, noise_scheduler,
+#       sample_shape (of the noise), trained (models), params_to_optimize, ema_unet (None if there is no average) and
+#       idle (frozen models that no step needs). It sets run.resolution.
 #   identity(run, models) -> dict
 #       what a run must have in common with the one that it resumes [{}]
 #   fill_cache(run, models, visits)
@@ -2062,6 +2085,8 @@ def begin_run(args, accelerator, stop):
         return Run(args, accelerator, stop, seed, tracker_id), None, {}
     text = together((checkpoint / "state.json").read_text, on=main_process, folder=output_dir)
     state = json.loads(text)
+    if "settings" not in state:
+        raise SystemExit(f"{checkpoint} is of an earlier version of this script: go on with that, or start a new run.")
     settings = state.pop("settings")
     if args.seed not in (None, state["seed"]):
         raise SystemExit(f"{checkpoint} was trained with --seed {state['seed']}, so it cannot go on with {args.seed}.")
@@ -2087,9 +2112,11 @@ def check_identity(run, models, records):
 
 def list_changes(run, settings):
     """Says which flags, and what the run made of them, are not as they were in the run that it resumes."""
-    for name, now in run.settings().items():
-        if settings.get(name, now) != now:
-            run.accelerator.print(f"  --{name} was {settings[name]} and is now {now}")
+    now = run.settings()
+    for name, before in settings.items():
+        told_in_steps = name in ("num_train_epochs", "validation_epochs")
+        if now.get(name, before) != before and not told_in_steps:
+            run.accelerator.print(f"  --{name} was {before} and is now {now[name]}")
 
 
 def load_checkpoint(run, models, optimizer, checkpoint):
@@ -2278,7 +2305,7 @@ def plan_steps(run, sizes):
 
 def make_data(run, models, records, held_out_records, sizes):
     """Builds the samples to train on and the held-out ones, whose draws are the same whatever the seed."""
-    shape, timesteps = models.sample_shape, models.noise_scheduler.config.num_train_timesteps
+    shape, timesteps = models.sample_shape, len(models.noise_scheduler.betas)
     samples = Samples(run.args, records, run.seed, run.resolution, shape, timesteps)
     held_out = Samples(run.args, held_out_records, 0, run.resolution, shape, timesteps)
     return Data(run, samples, held_out, sizes)

@@ -154,7 +154,7 @@ def add_data_set_flags(parser):
     add = parser.add_argument_group("data set").add_argument
     add("--dataset_name", help="a data set on the Hub, or whatever else datasets.load_dataset takes")
     add("--dataset_config_name", help="configuration of that data set")
-    add("--train_data_dir", help="folder of pictures (or of parquet files; captions in metadata.jsonl, .csv or .txt files)")
+    add("--train_data_dir", help="folder of pictures (or of parquet files)")
     add("--image_column", default="image", help="column of the pictures (Hub and parquet)")
 
 
@@ -191,9 +191,10 @@ def read_rows(args, files, columns):
 #   REFUSED
 #       flags that the script does not take, by name, and why [{}]
 #   DEFAULTS
-#       the script's defaults of flags that every script has [{}]
+#       the script's defaults of flags that every script has; output_dir, learning_rate, train_batch_size, a number of
+#       epochs or steps, of epochs or steps between validations, and tracker_project_name have no other
 #   add_flags(parser)
-#       adds the flags that not every script has [nothing]
+#       adds the flags that not every script has; --pretrained_model_name_or_path and --resolution have to be there
 #   check_flags(args) -> list
 #       what can be wrong with those: (whether it is wrong, the sentence to say) [[]]; it may fill in what is None
 
@@ -229,7 +230,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action):
         default = DEFAULTS.get(action.dest, action.default)
-        absent = default is None or default is False or default is argparse.SUPPRESS
+        absent = default is None or default is False or action.default is argparse.SUPPRESS
         silent = absent or "default" in action.help or action.nargs == 0
         return action.help if silent else f"{action.help} (default: {default})"
 
@@ -353,9 +354,9 @@ def read_config(parser, argv):
         parser.error(f"--config {path} is not a readable file of 'flag: value' lines: {error}")
     known = parser._option_string_actions
     given = {known[flag].dest for flag in (word.split("=")[0] for word in argv) if flag in known}
-    for name in given & REPLACES.keys():  # what the command line says in other words counts no more
-        if REPLACES[name] not in given:
-            config.pop(REPLACES[name], None)
+    # What the command line says in other words counts no more.
+    replaced = {REPLACES[name] for name in given & REPLACES.keys()} - given
+    config = {name: v for name, v in config.items() if getattr(known.get(f"--{name}"), "dest", name) not in replaced}
     for name, value in config.items():
         if value is False and f"--no-{name}" not in known:
             takes_value = f"--{name}" not in known or known[f"--{name}"].nargs != 0
@@ -458,8 +459,8 @@ def choose_caption(samples, key):
 def make_sample(samples, key):
     """Returns a sample: its picture and caption, as picture_and_caption has them, and the draws that its loss needs.
 
-    "timesteps" is an integer, "noise" and "perturbation" are float32 arrays of the latents' shape (4, h, w), and
-    "offset_noise" is one of (4, 1, 1).
+    "timesteps" is an integer, "noise" a float32 array of the latents' shape (4, h, w). If their flags ask for them,
+    "perturbation" is one too, and "offset_noise" is one of (4, 1, 1).
     """
     args = samples.args
     shape = samples.sample_shape
@@ -763,15 +764,20 @@ def open_base(args):
         missing = single_file and not args.single_file_config
         hint = " Without a network, and for SD 2.x, a single file needs --single_file_config." if missing else ""
         raise SystemExit(f"{base} cannot be loaded as a Stable Diffusion model of safetensors files: {problem}{hint}")
-    unet = pipeline.unet.config
-    channels = {unet.in_channels, pipeline.vae.config.latent_channels}
-    known = channels == {4} and unet.addition_embed_type in (None, "text_time")
-    if not known or pipeline.text_encoder is None or "EDM" in type(pipeline.scheduler).__name__:
-        sentence = "is no text-to-image model of Stable Diffusion 1.x, 2.x or XL; this script trains those."
-        raise SystemExit(f"{base} {sentence}")
+    check_family(base, pipeline)
     for part in (pipeline, pipeline.unet, pipeline.vae):  # their files would name a folder of this machine
         part.register_to_config(_name_or_path=Path(base).resolve().name if Path(base).exists() else base)
     return pipeline
+
+
+def check_family(base, pipeline):
+    """Refuses models that draw by other means than Stable Diffusion 1.x, 2.x and XL: inpainting, refiners, EDM."""
+    unet = pipeline.unet.config
+    known = {unet.in_channels, pipeline.vae.config.latent_channels} == {4}
+    known &= unet.addition_embed_type in (None, "text_time") and pipeline.text_encoder is not None
+    if not known or "EDM" in type(pipeline.scheduler).__name__:
+        sentence = "is no text-to-image model of Stable Diffusion 1.x, 2.x or XL; this script trains those."
+        raise SystemExit(f"{base} {sentence}")
 
 
 def set_schedule(args, pipeline):
@@ -784,8 +790,10 @@ def set_schedule(args, pipeline):
     if config.get("rescale_betas_zero_snr"):
         if config["prediction_type"] == "epsilon":
             base = args.pretrained_model_name_or_path
-            sentence = "where the schedule ends in noise alone, take --prediction_type v_prediction."
-            raise SystemExit(f"{base}: {sentence}")
+            sentence = (
+                "ends in noise alone (by itself, or by --rescale_betas_zero_snr): take --prediction_type v_prediction."
+            )
+            raise SystemExit(f"The noise schedule of {base} {sentence}")
         # Not all, such as the PNDM of SD 1.x, can sample from noise alone.
         able = "rescale_betas_zero_snr" in inspect.signature(scheduler).parameters
         scheduler = scheduler if able else EulerDiscreteScheduler
@@ -920,14 +928,14 @@ def fill_cache(run, models, visits):
         return
     jobs, models.idle, setting = {}, frozen, encoder_setting(run)
     for samples, keys in visits:
-        crops, captions, worth_keeping = plan_cache(run, samples, keys)
+        crops, captions, worth_keeping = plan_cache(run, samples, keys, models.text_encoders[0] in frozen)
         if not worth_keeping:
             crops = set()
             models.idle = [model for model in frozen if model is not models.vae]
         for crop in crops:
             file = samples.cached_latents[crop] = latents_file(run, models, setting, samples, crop)
             jobs[file] = (encode_crop, models, samples, crop)
-        for caption in captions if models.text_encoders[0] in frozen else ():
+        for caption in captions:
             file = samples.cached_embeddings[caption] = embeddings_file(run, models, setting, caption)
             jobs[file] = (encode_prompts, models, [caption])
     fill_entries(run, jobs)
@@ -939,12 +947,13 @@ def fill_cache(run, models, visits):
     torch.cuda.empty_cache()
 
 
-def plan_cache(run, samples, keys):
+def plan_cache(run, samples, keys, frozen_text):
     """Returns the crops and captions that some keys will meet, and whether the crops' latents are worth keeping."""
     crops, captions, met = set(), set(), 0
     for key in tqdm(keys, "planning", delay=5, disable=not run.accelerator.is_main_process):
         crops.add(samples.choose_crop(key))
-        captions.add(choose_caption(samples, key))
+        if frozen_text:
+            captions.add(choose_caption(samples, key))
         met += 1
     # An entry that is met less than twice costs more than it spares, unless the next run meets it again.
     met_again = run.args.center_crop and len(crops) <= SMALL_SET
@@ -1024,9 +1033,9 @@ def fill_entries(run, jobs):
 #   make_sample(samples, key) -> dict
 #       a sample of arrays, numbers and texts, with all that it draws, by samples.rng(key, "a name of the draw")
 #   load_models(run) -> models
-#       a namespace of the pipeline, unet, noise_scheduler, sample_shape (of the noise), trained (models),
-#       params_to_optimize, ema_unet (None if there is no average) and idle (frozen models that no step needs).
-#       It sets run.resolution.
+#       a namespace of the pipeline, which has the unet without what accelerate wraps it in, noise_scheduler,
+#       sample_shape (of the noise), trained (models), params_to_optimize, ema_unet (None if there is no average) and
+#       idle (frozen models that no step needs). It sets run.resolution.
 #   identity(run, models) -> dict
 #       what a run must have in common with the one that it resumes [{}]
 #   fill_cache(run, models, visits)
@@ -1775,6 +1784,8 @@ def begin_run(args, accelerator, stop):
         return Run(args, accelerator, stop, seed, tracker_id), None, {}
     text = together((checkpoint / "state.json").read_text, on=main_process, folder=output_dir)
     state = json.loads(text)
+    if "settings" not in state:
+        raise SystemExit(f"{checkpoint} is of an earlier version of this script: go on with that, or start a new run.")
     settings = state.pop("settings")
     if args.seed not in (None, state["seed"]):
         raise SystemExit(f"{checkpoint} was trained with --seed {state['seed']}, so it cannot go on with {args.seed}.")
@@ -1800,9 +1811,11 @@ def check_identity(run, models, records):
 
 def list_changes(run, settings):
     """Says which flags, and what the run made of them, are not as they were in the run that it resumes."""
-    for name, now in run.settings().items():
-        if settings.get(name, now) != now:
-            run.accelerator.print(f"  --{name} was {settings[name]} and is now {now}")
+    now = run.settings()
+    for name, before in settings.items():
+        told_in_steps = name in ("num_train_epochs", "validation_epochs")
+        if now.get(name, before) != before and not told_in_steps:
+            run.accelerator.print(f"  --{name} was {before} and is now {now[name]}")
 
 
 def load_checkpoint(run, models, optimizer, checkpoint):
@@ -1991,7 +2004,7 @@ def plan_steps(run, sizes):
 
 def make_data(run, models, records, held_out_records, sizes):
     """Builds the samples to train on and the held-out ones, whose draws are the same whatever the seed."""
-    shape, timesteps = models.sample_shape, models.noise_scheduler.config.num_train_timesteps
+    shape, timesteps = models.sample_shape, len(models.noise_scheduler.betas)
     samples = Samples(run.args, records, run.seed, run.resolution, shape, timesteps)
     held_out = Samples(run.args, held_out_records, 0, run.resolution, shape, timesteps)
     return Data(run, samples, held_out, sizes)

@@ -140,7 +140,7 @@ def add_data_set_flags(parser):
     add = parser.add_argument_group("data set").add_argument
     add("--dataset_name", help="a data set on the Hub, or whatever else datasets.load_dataset takes")
     add("--dataset_config_name", help="configuration of that data set")
-    add("--train_data_dir", help="folder of pictures (or of parquet files; captions in metadata.jsonl, .csv or .txt files)")
+    add("--train_data_dir", help="folder of pictures (or of parquet files)")
     add("--image_column", default="image", help="column of the pictures (Hub and parquet)")
 
 
@@ -177,9 +177,10 @@ def read_rows(args, files, columns):
 #   REFUSED
 #       flags that the script does not take, by name, and why [{}]
 #   DEFAULTS
-#       the script's defaults of flags that every script has [{}]
+#       the script's defaults of flags that every script has; output_dir, learning_rate, train_batch_size, a number of
+#       epochs or steps, of epochs or steps between validations, and tracker_project_name have no other
 #   add_flags(parser)
-#       adds the flags that not every script has [nothing]
+#       adds the flags that not every script has; --pretrained_model_name_or_path and --resolution have to be there
 #   check_flags(args) -> list
 #       what can be wrong with those: (whether it is wrong, the sentence to say) [[]]; it may fill in what is None
 
@@ -215,7 +216,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action):
         default = DEFAULTS.get(action.dest, action.default)
-        absent = default is None or default is False or default is argparse.SUPPRESS
+        absent = default is None or default is False or action.default is argparse.SUPPRESS
         silent = absent or "default" in action.help or action.nargs == 0
         return action.help if silent else f"{action.help} (default: {default})"
 
@@ -339,9 +340,9 @@ def read_config(parser, argv):
         parser.error(f"--config {path} is not a readable file of 'flag: value' lines: {error}")
     known = parser._option_string_actions
     given = {known[flag].dest for flag in (word.split("=")[0] for word in argv) if flag in known}
-    for name in given & REPLACES.keys():  # what the command line says in other words counts no more
-        if REPLACES[name] not in given:
-            config.pop(REPLACES[name], None)
+    # What the command line says in other words counts no more.
+    replaced = {REPLACES[name] for name in given & REPLACES.keys()} - given
+    config = {name: v for name, v in config.items() if getattr(known.get(f"--{name}"), "dest", name) not in replaced}
     for name, value in config.items():
         if value is False and f"--no-{name}" not in known:
             takes_value = f"--{name}" not in known or known[f"--{name}"].nargs != 0
@@ -601,7 +602,7 @@ def after_step(run, models):
     save_steps = run.args.save_model_epochs * run.steps_per_epoch
     if save_steps == 0 or run.global_step % save_steps:
         return
-    # Not after a loss that is no number, which is only read later.
+    # A loss is read a step late, so these may be no numbers already: then the last good pipeline stays.
     if all(parameter.isfinite().all() for parameter in models.params_to_optimize):
         on_main_process(run, save_result, run, models)
 
@@ -667,9 +668,9 @@ def loading_code(run, models, name):
 #   make_sample(samples, key) -> dict
 #       a sample of arrays, numbers and texts, with all that it draws, by samples.rng(key, "a name of the draw")
 #   load_models(run) -> models
-#       a namespace of the pipeline, unet, noise_scheduler, sample_shape (of the noise), trained (models),
-#       params_to_optimize, ema_unet (None if there is no average) and idle (frozen models that no step needs).
-#       It sets run.resolution.
+#       a namespace of the pipeline, which has the unet without what accelerate wraps it in, noise_scheduler,
+#       sample_shape (of the noise), trained (models), params_to_optimize, ema_unet (None if there is no average) and
+#       idle (frozen models that no step needs). It sets run.resolution.
 #   identity(run, models) -> dict
 #       what a run must have in common with the one that it resumes [{}]
 #   fill_cache(run, models, visits)
@@ -1418,6 +1419,8 @@ def begin_run(args, accelerator, stop):
         return Run(args, accelerator, stop, seed, tracker_id), None, {}
     text = together((checkpoint / "state.json").read_text, on=main_process, folder=output_dir)
     state = json.loads(text)
+    if "settings" not in state:
+        raise SystemExit(f"{checkpoint} is of an earlier version of this script: go on with that, or start a new run.")
     settings = state.pop("settings")
     if args.seed not in (None, state["seed"]):
         raise SystemExit(f"{checkpoint} was trained with --seed {state['seed']}, so it cannot go on with {args.seed}.")
@@ -1443,9 +1446,11 @@ def check_identity(run, models, records):
 
 def list_changes(run, settings):
     """Says which flags, and what the run made of them, are not as they were in the run that it resumes."""
-    for name, now in run.settings().items():
-        if settings.get(name, now) != now:
-            run.accelerator.print(f"  --{name} was {settings[name]} and is now {now}")
+    now = run.settings()
+    for name, before in settings.items():
+        told_in_steps = name in ("num_train_epochs", "validation_epochs")
+        if now.get(name, before) != before and not told_in_steps:
+            run.accelerator.print(f"  --{name} was {before} and is now {now[name]}")
 
 
 def load_checkpoint(run, models, optimizer, checkpoint):
@@ -1634,7 +1639,7 @@ def plan_steps(run, sizes):
 
 def make_data(run, models, records, held_out_records, sizes):
     """Builds the samples to train on and the held-out ones, whose draws are the same whatever the seed."""
-    shape, timesteps = models.sample_shape, models.noise_scheduler.config.num_train_timesteps
+    shape, timesteps = models.sample_shape, len(models.noise_scheduler.betas)
     samples = Samples(run.args, records, run.seed, run.resolution, shape, timesteps)
     held_out = Samples(run.args, held_out_records, 0, run.resolution, shape, timesteps)
     return Data(run, samples, held_out, sizes)

@@ -1,12 +1,15 @@
 """The same flag means the same in every script, and the documents' commands parse."""
 
 import argparse
+import ast
 import functools
 import importlib
 import os
 import re
 import shlex
 import shutil
+from collections import Counter
+from pathlib import Path
 
 import pytest
 from helpers import ROOT
@@ -100,20 +103,39 @@ python train_lora.py
     assert list(commands_in(text)) == [("train_lora.py", ["--rank", "4", "--validation_prompt", "a cat"])]
 
 
-DOCUMENTS = [path for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))] if path.exists()]
+def documented():
+    """All commands of README, of docs/ and of the scripts' docstrings: (where, script, arguments)."""
+    for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]:
+        for script, arguments in commands_in(path.read_text()):
+            yield path.name, script, arguments
+    for path in SCRIPTS:
+        docstring = ast.get_docstring(ast.parse(path.read_text()))
+        for script, arguments in commands_in(f"```bash\n{docstring[docstring.index('accelerate launch') :]}\n```"):
+            yield path.name, script, arguments
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_documented_commands_parse(path, tmp_path, monkeypatch):
+COMMANDS = list(documented())
+
+
+def test_commands_are_found():
+    """Else nothing below would be tried."""
+    counts = Counter(where for where, *_ in COMMANDS)
+    assert counts["README.md"] >= 10 and counts["recipes.md"] >= 4 and counts["cluster.md"] >= 5, counts
+    assert all(counts[path.name] >= 3 for path in SCRIPTS), counts
+
+
+@pytest.mark.parametrize("where, script, arguments", COMMANDS)
+def test_documented_commands_parse(where, script, arguments, tmp_path, monkeypatch):
+    """A command of the documents is taken as it stands, once its folders are there."""
     for name in ("configs", "demo"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
-    for script, arguments in commands_in(path.read_text()):
-        for flag, value in zip(arguments, arguments[1:], strict=False):
-            # Folders that the reader has; what lies in the repository must be there.
-            if flag.endswith("_dir") and not value.startswith(("/", "configs/", "demo/")):
-                os.makedirs(value, exist_ok=True)
-            if value.endswith("/train_args.yaml"):  # of an earlier run
-                os.makedirs(os.path.dirname(value), exist_ok=True)
-                shutil.copy(ROOT / "configs" / "demo_text_to_image.yaml", value)
-        importlib.import_module(script.removesuffix(".py")).parse_args(arguments)
+    for flag, value in zip(arguments, arguments[1:], strict=False):
+        # Folders that the reader has; what lies in the repository must be there.
+        if flag.endswith("_dir") and not value.startswith(("/", "configs/", "demo/")):
+            os.makedirs(value, exist_ok=True)
+        if value.endswith("/train_args.yaml"):  # of an earlier run
+            os.makedirs(os.path.dirname(value), exist_ok=True)
+            name = Path(script).stem.removeprefix("train_")
+            shutil.copy(ROOT / "configs" / f"demo_{name}.yaml", value)
+    importlib.import_module(script.removesuffix(".py")).parse_args(arguments)

@@ -38,7 +38,8 @@ def test_defaults_of_the_ways(tiny_model, pictures, tmp_path, monkeypatch, capsy
     run(script, *flags, "--max_train_steps", 1, "--train_batch_size", 1, "--resolution", 16, "--report_to", "none")
     said = capsys.readouterr().out
     unused = ("train_batch_size", "num_train_epochs")  # as other flags are given
-    assert all(f"{name} {v}" in said for name, v in wanted.items() if name not in unused)
+    assert all(f"{name} {v}" in said for name, v in wanted.items() if v is not None and name not in unused)
+    assert "None" not in re.search("^way .*", said, re.MULTILINE)[0]
     assert (tmp_path / wanted["output_dir"] / LORA).exists() and "train_batch_size 1," in said
 
 
