@@ -5,9 +5,9 @@ dog". With --with_prior_preservation, every batch holds as many pictures of the 
 base model itself, and their loss keeps the class as it was. The result is a pipeline that
 DiffusionPipeline.from_pretrained loads.
 
-To read it, take the flags below, up to the first fence (`# === ... ===`), and the method, which stands between the
-imports and the fence "Stable Diffusion". Skip the fences: they are the same text in every script. The loop is train,
-the first function of the fence "Engine". The comment above it lists all that the engine asks of a method.
+To read it, take 1. the flags below, up to the first fence (`# === ... ===`), 2. from "# The method" to the next fence,
+and 3. the comment at the start of the fence "Engine", with train and execute behind it. Skip the rest of the fences:
+they are the same text in every script that has them.
 
     accelerate launch train_dreambooth.py --config configs/demo_dreambooth.yaml
     accelerate launch train_dreambooth.py --pretrained_model_name_or_path sd-legacy/stable-diffusion-v1-5 \\
@@ -18,6 +18,7 @@ the first function of the fence "Engine". The comment above it lists all that th
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import csv
@@ -43,7 +44,6 @@ import time
 import traceback
 import typing
 import zlib
-from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,14 +87,14 @@ def add_flags(parser):
     add("--train_text_encoder", **switch, help="train the text encoder too")
     schedulers = ["DPMSolverMultistepScheduler", "DDPMScheduler"]
     add("--validation_scheduler", default=schedulers[0], choices=schedulers, help="sampler of the sample grids")
-    add("--pre_compute_text_embeddings", **switch, help="accepted: a frozen text encoder always runs once a prompt")
+    add("--pre_compute_text_embeddings", **switch, help="accepted: a frozen text encoder's work is kept anyway")
     add("--set_grads_to_none", **switch, help="accepted: gradients are always freed")
 
     add_prior_flags(parser)
 
 
 def check_flags(args):
-    """Lists what no flag's type can know to be wrong: (whether it is wrong, the sentence to say)."""
+    """Checks flags against each other and the disk: a list of (whether it is wrong, the sentence to say)."""
     precomputed = args.pre_compute_text_embeddings and args.train_text_encoder
     return [
         *stable_diffusion_problems(args),
@@ -507,6 +507,7 @@ def choose_caption(samples, key):
 def make_sample(samples, key):
     """Returns a sample: its picture and caption, as picture_and_caption has them, and the draws that its loss needs.
 
+    Drawn are crop, flip, caption and posterior noise there, and here the timestep and the noise.
     "timesteps" is an integer, "noise" a float32 array of the latents' shape (4, h, w). With --noise_offset,
     "offset_noise" is one of (4, 1, 1).
     """
@@ -537,7 +538,7 @@ def load_models(run):
 
 
 def identity(run, models):
-    """Returns what a run has to have in common with the one that it resumes."""
+    """Returns what a run has to have in common with the one that it resumes, beside data, schedule and script."""
     # The UNet counts by its shapes alone: the checkpoint replaces its weights.
     shapes = [parameter.shape for parameter in models.unet.parameters()]
     return {
@@ -559,8 +560,9 @@ def prepare_training(run, models):
     groups = [{"params": models.params_to_optimize, "lr": run.args.learning_rate}]
     optimizer = make_optimizer(run, groups)
     *models.trained, optimizer = run.accelerator.prepare(*models.trained, optimizer)
-    models.unet, *text_encoders = models.trained
-    models.text_encoders = text_encoders or models.text_encoders
+    models.unet = models.trained[0]  # as accelerate wrapped it; the pipeline keeps the one inside
+    if run.args.train_text_encoder:
+        models.text_encoders = models.trained[1:]
     return optimizer
 
 
@@ -582,7 +584,7 @@ def compute_loss(models, batch, args):
     ).sample
     loss = F.mse_loss(model_pred.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
     loss = loss * snr_weights(noise_scheduler, timesteps, args.snr_gamma)
-    if not args.with_prior_preservation or len(loss) == 1:  # a held-out picture comes alone, pairs never
+    if not args.with_prior_preservation or len(loss) == 1:  # validation takes single pictures, training pairs
         return {"loss": loss.mean()}
     instance_loss, prior_loss = loss[0::2].mean(), loss[1::2].mean()  # by turns, as step_keys has them
     total = instance_loss + args.prior_loss_weight * prior_loss  # arXiv:2208.12242, eq. 2
@@ -649,6 +651,9 @@ def loading_code(run, models, name):
 #
 #   choose_caption(samples, key) -> text
 #       the caption that a sample is trained under [draw_caption(samples, key)]
+#
+# What it offers: read_folder, caption_list; picture_and_caption; load_base; encode_batch; base_code; and two of the
+# engine's hooks, fill_cache and picture_prompts.
 
 
 SAMPLER_STEPS = 25  # of a validation picture
@@ -713,8 +718,8 @@ def picture_and_caption(samples, key):
     """Returns the part of a sample that its latents and its conditioning are made of.
 
     "caption", and its embeddings if they are cached; "pixel_values" (3, resolution, resolution) in [-1, 1], or "mean"
-    and "std" of its latents if they are cached; "posterior_noise" of the latents' shape; and for SDXL "time_ids" (6,),
-    in pixels: the file's height and width, the crop's top and left, the sample's height and width.
+    and "std" of its latents if they are cached; "posterior_noise" of the latents' shape; and "time_ids" (6,), which
+    only SDXL reads, in pixels: the file's height and width, the crop's top and left, the sample's height and width.
     """
     crop = samples.choose_crop(key)
     caption = choose_caption(samples, key)
@@ -941,7 +946,7 @@ def encode_prompts(models, prompts):
 
 
 def encode_batch(models, batch):
-    """Returns a batch's latents (bsz, 4, h, w), embeddings (bsz, tokens, dim) and, for SDXL, added_cond_kwargs."""
+    """Returns a batch's latents (bsz, 4, h, w), embeddings (bsz, tokens, dim) and what SDXL reads beside them."""
     if "mean" not in batch:
         batch = batch | encode_pixels(models.vae, batch["pixel_values"])
     if "encoder_hidden_states" not in batch:
@@ -994,7 +999,7 @@ def plan_cache(run, samples, keys, frozen_text):
         if frozen_text:
             captions.add(choose_caption(samples, key))
         met += 1
-    # An entry that is met less than twice costs more than it spares, unless the next run meets it again.
+    # An entry that is met less than twice, on average, costs more than it spares, unless the next run meets it again.
     met_again = run.args.center_crop and len(crops) <= SMALL_SET
     return crops, captions, met >= 2 * len(crops) or met_again
 
@@ -1056,9 +1061,9 @@ def fill_entries(run, jobs):
 
 # === Engine: the same in every script ===
 #
-# It takes the steps, and does whatever a run needs around them. These hooks are all that it asks of a method. Each of
-# them has to be there; in brackets stands what to return where there is nothing to do. In the scripts of Stable
-# Diffusion, their fence has fill_cache and picture_prompts.
+# train takes the steps, execute does whatever a run needs around them. These hooks are all that they ask of a method;
+# the fences above list a few of their own. Each hook has to be there. In brackets stands what to return where there is
+# nothing to do, or which fence has the hook already.
 #
 #   PUBLISHED
 #       patterns of the files that are uploaded
@@ -1068,7 +1073,8 @@ def fill_entries(run, jobs):
 #       the pictures, each {"name": path, "rows": None, "captions": [text, ...]}; of a data set, "rows" is that, and
 #       "row" the number in it. The engine adds "digest" and "size" (w, h).
 #   class_records(run) -> records
-#       checked pictures of a subject's class, of which one stands behind each of the others in a batch [[]]
+#       checked pictures of a subject's class; in a batch each picture is followed by one of them [[], or Prior
+#       preservation]
 #   make_sample(samples, key) -> dict
 #       a sample of arrays, numbers and texts, with all that it draws, by samples.rng(key, "a name of the draw")
 #   load_models(run) -> models
@@ -1076,27 +1082,30 @@ def fill_entries(run, jobs):
 #       sample_shape (of the noise), trained (models), params_to_optimize, ema_unet (None if there is no average) and
 #       idle (frozen models that no step needs). It sets run.resolution.
 #   identity(run, models) -> dict
-#       what a run must have in common with the one that it resumes [{}]
+#       what a run must have in common with the one that it resumes, beside what check_identity asks for [{}]
 #   fill_cache(run, models, visits)
-#       computes once what frozen models make of the visits, pairs of Samples and keys [nothing]
+#       computes once what frozen models make of the visits, pairs of Samples and keys [None, or Stable Diffusion]
 #   prepare_training(run, models) -> optimizer
 #       brings the models and their optimizer to the device
 #   compute_loss(models, batch, args) -> dict
-#       the "loss" of a batch of samples, and what else to log
+#       the "loss" of a batch of samples, and what else to log; in a validation, without gradients, of a single sample
 #   after_step(run, models)
-#       whatever else follows an optimizer step [nothing]
+#       whatever else follows an optimizer step, on all ranks [None]
 #   picture_prompts(args) -> prompts
-#       of the validation pictures, one each [[]]
+#       of the validation pictures, one each [[], or Stable Diffusion]
 #   sample_picture(run, models, prompt, generator) -> PIL image
 #       generates a validation picture
 #   save_weights(models, folder)
-#       writes the weights that are trained, for a checkpoint; the engine writes their average
+#       writes the weights that are trained, for a checkpoint, on rank 0; the engine writes their average
 #   load_weights(models, folder)
-#       reads it back
+#       loads what save_weights wrote, on all ranks
 #   save_model(run, models)
-#       writes the result to args.output_dir
+#       writes the result to args.output_dir, on rank 0
 #   loading_code(run, models, name) -> text
 #       the lines that load the result by its name, and make a picture
+#
+# What it offers them: list_files, digest, weights_digest, replace_file; samples.rng, .choose_crop, .pixels;
+# prepare_unet, make_optimizer; prediction_target, snr_weights; together, on_main_process, save_result.
 
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -1123,7 +1132,7 @@ def train(run, models, data, optimizer, lr_scheduler):
     unread = []  # finished steps whose numbers are still on the device
     last_time = time.perf_counter()
     for step in range(run.global_step, run.max_train_steps):
-        losses = Counter()
+        losses = collections.defaultdict(float)
         for micro_step in range(args.gradient_accumulation_steps):
             # Only dropout inside the models draws from the global generator.
             torch.manual_seed(int(digest(run.seed, step, micro_step, accelerator.process_index)[:8], 16))
@@ -1154,7 +1163,7 @@ def train(run, models, data, optimizer, lr_scheduler):
 
         validate_now = run.global_step in validations
         save_now = args.checkpointing_steps and run.global_step % args.checkpointing_steps == 0
-        # Read one step late, so that the device always has work, or at once where something follows from the numbers.
+        # Logged one step late, so that the device need not wait; at once before a validation or a checkpoint.
         read_now = validate_now or save_now or run.global_step == run.max_train_steps
         asked_to_stop = log_steps(run, data, progress_bar, unread, keep=0 if read_now else 1)
         if run.stop.signum and accelerator.num_processes == 1:  # no other rank has to hear of it first
@@ -1174,6 +1183,52 @@ def train(run, models, data, optimizer, lr_scheduler):
     progress_bar.close()
 
 
+def execute(args, accelerator, stop):
+    """The stages of a run, from the flags to what it leaves."""
+    run, checkpoint, settings = begin_run(args, accelerator, stop)
+    repo_id = Path(args.output_dir).resolve().name
+    if args.push_to_hub:
+        repo_id = on_main_process(run, open_repository, args)
+
+    # Data.
+    records = check_records(run, read_records(args))
+    records, held_out_records = split_records(args, records, run.seed)
+    records_of_class = class_records(run)
+    sizes = len(records), len(records_of_class)
+    records = records + records_of_class
+    plan_steps(run, sizes)
+
+    # Models.
+    torch.manual_seed(run.seed % 2**64)  # for weights that start at random
+    models = load_models(run)
+    list_changes(run, settings)
+    check_identity(run, models, records)
+    data = make_data(run, models, records, held_out_records, sizes)
+    on_main_process(run, prepare_folder, run, checkpoint)
+    together(start_trackers, run, checkpoint, on=True, folder=args.output_dir)
+    print_header(run, models, data)
+
+    # What the frozen ones make of the data.
+    keys = (key for step in range(run.global_step, run.max_train_steps) for key in data.step_keys(step))
+    twice = 2 * validation_keys(data.held_out)  # before and after, at least
+    fill_cache(run, models, [(data.samples, keys), (data.held_out, twice)])
+
+    # Training.
+    optimizer = prepare_training(run, models)
+    if checkpoint:
+        load_checkpoint(run, models, optimizer, checkpoint)
+    train(run, models, data, optimizer, make_lr_scheduler(run, optimizer))
+
+    # What it leaves.
+    on_main_process(run, save_result, run, models)
+    on_main_process(run, write_model_card, run, models, repo_id)
+    code = loading_code(run, models, str(Path(args.output_dir).resolve()))
+    accelerator.print(f"The result is in {args.output_dir}. To load it:\n\n{code}\n")
+    stop.exit_if_asked()
+    if args.push_to_hub:
+        on_main_process(run, publish, args, repo_id)
+
+
 # The run and its data
 
 
@@ -1181,7 +1236,7 @@ def train(run, models, data, optimizer, lr_scheduler):
 class Run:
     """What a run knows, apart from its models and its data. Functions take it as run."""
 
-    args: argparse.Namespace  # as given; nothing writes to it
+    args: argparse.Namespace  # as parsed; nothing writes to it
     accelerator: Accelerator
     stop: "StopFlag"
     # What a checkpoint carries on.
@@ -1223,7 +1278,7 @@ class Data:
 
 
 def generator(seed, epoch, index, stream):
-    """Returns the generator of one kind of draw, named by its stream, for one sample of one epoch."""
+    """Returns the generator of one kind of draw, named by its stream, for one picture in one pass over the data."""
     return np.random.default_rng((seed, epoch, index, zlib.crc32(stream.encode())))
 
 
@@ -1711,6 +1766,11 @@ def on_main_process(run, function, *arguments):
 
 
 # Checkpoints
+#
+# In one: the weights that are trained, as save_weights has them; unet_ema/, their average; accelerate's optimizer.bin
+# and, under fp16, its scaler's state; metrics.jsonl; state.json, the run's fields and settings; manifest.json, the
+# names and sizes of all that, written last. The schedule of the learning rate follows from optimizer_steps, and every
+# draw from its key, so neither is there.
 
 
 def write_checkpoint(run, models, folder):
@@ -2111,52 +2171,6 @@ def print_header(run, models, data):
     )
     if args.checkpointing_steps and needed > free:
         raise SystemExit(f"A checkpoint needs {needed:.2f} GiB, and {args.output_dir} has {free:.2f} GiB free.")
-
-
-def execute(args, accelerator, stop):
-    """The stages of a run, from the flags to what it leaves."""
-    run, checkpoint, settings = begin_run(args, accelerator, stop)
-    repo_id = Path(args.output_dir).resolve().name
-    if args.push_to_hub:
-        repo_id = on_main_process(run, open_repository, args)
-
-    # Data.
-    records = check_records(run, read_records(args))
-    records, held_out_records = split_records(args, records, run.seed)
-    records_of_class = class_records(run)
-    sizes = len(records), len(records_of_class)
-    records = records + records_of_class
-    plan_steps(run, sizes)
-
-    # Models.
-    torch.manual_seed(run.seed % 2**64)  # for weights that start at random
-    models = load_models(run)
-    list_changes(run, settings)
-    check_identity(run, models, records)
-    data = make_data(run, models, records, held_out_records, sizes)
-    on_main_process(run, prepare_folder, run, checkpoint)
-    together(start_trackers, run, checkpoint, on=True, folder=args.output_dir)
-    print_header(run, models, data)
-
-    # What the frozen ones make of the data.
-    keys = (key for step in range(run.global_step, run.max_train_steps) for key in data.step_keys(step))
-    twice = 2 * validation_keys(data.held_out)  # before and after, at least
-    fill_cache(run, models, [(data.samples, keys), (data.held_out, twice)])
-
-    # Training.
-    optimizer = prepare_training(run, models)
-    if checkpoint:
-        load_checkpoint(run, models, optimizer, checkpoint)
-    train(run, models, data, optimizer, make_lr_scheduler(run, optimizer))
-
-    # What it leaves.
-    on_main_process(run, save_result, run, models)
-    on_main_process(run, write_model_card, run, models, repo_id)
-    code = loading_code(run, models, str(Path(args.output_dir).resolve()))
-    accelerator.print(f"The result is in {args.output_dir}. To load it:\n\n{code}\n")
-    stop.exit_if_asked()
-    if args.push_to_hub:
-        on_main_process(run, publish, args, repo_id)
 
 
 def main(args):

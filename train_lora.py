@@ -4,9 +4,9 @@ Two ways: on captioned pictures, or with --instance_prompt on a few pictures of 
 arXiv:2208.12242), whose defaults differ (see WAYS). The UNet, and with --train_text_encoder the text encoder too, keep
 their weights W and learn W + alpha / rank * B A. The result is a file that pipeline.load_lora_weights loads.
 
-To read it, take the flags below, up to the first fence (`# === ... ===`), and the method, which stands between the
-imports and the fence "Stable Diffusion". Skip the fences: they are the same text in every script. The loop is train,
-the first function of the fence "Engine". The comment above it lists all that the engine asks of a method.
+To read it, take 1. the flags below, up to the first fence (`# === ... ===`), 2. from "# The method" to the next fence,
+and 3. the comment at the start of the fence "Engine", with train and execute behind it. Skip the rest of the fences:
+they are the same text in every script that has them.
 
     accelerate launch train_lora.py --config configs/demo_lora.yaml
     accelerate launch train_lora.py --pretrained_model_name_or_path sd-legacy/stable-diffusion-v1-5 \\
@@ -18,6 +18,7 @@ the first function of the fence "Engine". The comment above it lists all that th
 """
 
 import argparse
+import collections
 import contextlib
 import csv
 import ctypes
@@ -42,7 +43,6 @@ import time
 import traceback
 import typing
 import zlib
-from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,7 +110,7 @@ def add_flags(parser):
     add("--train_text_encoder", **switch, help="train the text encoder too")
     add("--text_encoder_lr", type=non_negative, help="of the text encoder's adapters (default: --learning_rate)")
     add("--adam_weight_decay_text_encoder", type=non_negative, help="of text encoders (default: --adam_weight_decay)")
-    add("--pre_compute_text_embeddings", **switch, help="accepted: a frozen text encoder always runs once a prompt")
+    add("--pre_compute_text_embeddings", **switch, help="accepted: a frozen text encoder's work is kept anyway")
     add("--optimizer", type=str.lower, default="adamw", choices=["adamw", "prodigy"], help="prodigy finds its rate")
     yes_or_no = {"type": truth, "nargs": "?", "const": True, "default": True}
     add("--prodigy_beta3", type=below_one, help="decay of Prodigy's estimates (default: the root of --adam_beta2)")
@@ -597,8 +597,8 @@ def read_records(args):
         records = read_folder(files, args.caption_column or "text")
     if not records:
         raise SystemExit(f"{args.dataset_name or folder} holds no pictures {sorted(PICTURE_SUFFIXES)}.")
-    usual = caption_list(args.instance_prompt)
-    return [{**record, "captions": caption_list(record["captions"]) or usual} for record in records]
+    default = caption_list(args.instance_prompt)
+    return [{**record, "captions": caption_list(record["captions"]) or default} for record in records]
 
 
 def choose_caption(samples, key):
@@ -609,6 +609,7 @@ def choose_caption(samples, key):
 def make_sample(samples, key):
     """Returns a sample: its picture and caption, as picture_and_caption has them, and the draws that its loss needs.
 
+    Drawn are crop, flip, caption and posterior noise there, and here the timestep and the noise.
     "timesteps" is an integer, "noise" a float32 array of the latents' shape (4, h, w). With --noise_offset,
     "offset_noise" is one of (4, 1, 1).
     """
@@ -661,9 +662,13 @@ def describe_way(args):
 
 def unet_targets(args, unet):
     """Returns the names of the layers that --lora_target_modules means."""
-    chosen, kinds = args.lora_target_modules, (torch.nn.Linear, torch.nn.Conv2d)
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
     layers = [name for name, layer in unet.named_modules() if isinstance(layer, kinds)]
-    targets = layers if chosen == ["all"] else TARGETS.get(" ".join(chosen), chosen)
+    targets = args.lora_target_modules
+    if targets == ["all"]:
+        return layers
+    if len(targets) == 1 and targets[0] in TARGETS:
+        targets = TARGETS[targets[0]]
     for target in targets:  # peft would pass over a wrong name beside right ones
         if not any(f".{layer}".endswith(f".{target}") for layer in layers):
             raise SystemExit(f"--lora_target_modules {target}: the UNet has no linear layer or convolution so named.")
@@ -671,10 +676,10 @@ def unet_targets(args, unet):
 
 
 def identity(run, models):
-    """Returns what a run has to have in common with the one that it resumes: all of the base, as it is frozen."""
+    """Returns what a run has to have in common with the one that it resumes, beside data, schedule and script."""
     args = run.args
     return {
-        "base model": digest(models.vae_digest, models.text_digest, models.unet_digest),
+        "base model": digest(models.vae_digest, models.text_digest, models.unet_digest),  # all of it, as it is frozen
         "--train_text_encoder": args.train_text_encoder,
         "--with_prior_preservation": args.with_prior_preservation,
         "--optimizer": args.optimizer,
@@ -683,7 +688,7 @@ def identity(run, models):
 
 
 def prepare_training(run, models):
-    """Brings models and a new optimizer to the device, frozen weights in half precision if so trained; returns it."""
+    """Brings models and a new optimizer to the device; returns it. Frozen weights get the dtype they run in."""
     args, accelerator = run.args, run.accelerator
     if len(models.trained) > 1 and accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise SystemExit("DeepSpeed trains one model, so leave out --train_text_encoder or take another launcher.")
@@ -700,7 +705,7 @@ def prepare_training(run, models):
         if args.gradient_checkpointing:
             text_encoder.activation_checkpointing_enable()
     optimizer = make_optimizer(run, parameter_groups(args, models))
-    if args.optimizer == "prodigy":  # AdamW's groups hold the flags' values
+    if args.optimizer == "prodigy":  # it takes over the groups of this AdamW, with their lr, betas, eps and decay
         optimizer = Prodigy(
             optimizer.param_groups,
             beta3=args.prodigy_beta3,
@@ -709,8 +714,9 @@ def prepare_training(run, models):
             safeguard_warmup=args.prodigy_safeguard_warmup,
         )
     *models.trained, optimizer = accelerator.prepare(*models.trained, optimizer)
-    models.unet, *text_encoders = models.trained
-    models.text_encoders = text_encoders or models.text_encoders
+    models.unet = models.trained[0]  # as accelerate wrapped it; models.adapters keeps the one inside
+    if args.train_text_encoder:
+        models.text_encoders = models.trained[1:]
     return optimizer
 
 
@@ -746,7 +752,7 @@ def compute_loss(models, batch, args):
     ).sample
     loss = F.mse_loss(model_pred.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
     loss = loss * snr_weights(noise_scheduler, timesteps, args.snr_gamma)
-    if not args.with_prior_preservation or len(loss) == 1:  # a held-out picture comes alone, pairs never
+    if not args.with_prior_preservation or len(loss) == 1:  # validation takes single pictures, training pairs
         return {"loss": loss.mean()}
     instance_loss, prior_loss = loss[0::2].mean(), loss[1::2].mean()  # by turns, as step_keys has them
     total = instance_loss + args.prior_loss_weight * prior_loss  # arXiv:2208.12242, eq. 2
@@ -770,7 +776,7 @@ def sample_picture(run, models, prompt, generator):
 
 
 def file_key(part, key):
-    """Returns the name in a file of what peft calls key: of text encoders, as it was before transformers 5.6."""
+    """Returns a weight's name in the file by peft's key: of text encoders, that from before transformers 5.6."""
     if part != "unet":
         key = f"text_model.{key.removeprefix('text_model.')}"
         key = re.sub("magnitude_vector$", "magnitude_vector.weight", key)
@@ -805,6 +811,20 @@ def save_model(run, models):
         save_kohya(run, models)
 
 
+def loading_code(run, models, name):
+    """Returns the lines that load the base model and the adapters, by the result's name, and make a picture."""
+    prompt = (picture_prompts(run.args) or [run.args.instance_prompt or "a photo"])[0]
+    return (
+        f"{base_code(run, models, name)}"
+        f"pipeline.load_lora_weights({name!r})\n"
+        f"prompt = {prompt!r}\n"
+        f"pipeline(prompt, height={run.resolution}, width={run.resolution}).images[0].save('picture.png')"
+    )
+
+
+# The file for other programs
+
+
 # Layers of SDXL's UNet as its first publication named them, which is what kohya's scripts go by; the rest: sgm_name.
 SGM = {
     "conv_in": "input_blocks.0.0",
@@ -831,8 +851,8 @@ def sgm_name(layer, layers_per_block):
     found = re.match(r"(down|up)_blocks\.(\d)\.(resnets|attentions|downsamplers|upsamplers)\.(\d)", layer)
     if not found:
         return layer
-    # The first publication counts the layers of a way through, and a level has one more on the way up.
-    way, level, kind, i = found.groups()
+    # The first publication numbers all layers of the way down in one row, and all of the way up.
+    direction, level, kind, i = found.groups()
     stride = layers_per_block + 1
     if kind == "downsamplers":
         number, part = stride - 1, 0
@@ -841,7 +861,7 @@ def sgm_name(layer, layers_per_block):
     else:
         number, part = int(i), int(kind == "attentions")
     number += int(level) * stride
-    if way == "down":
+    if direction == "down":
         return f"input_blocks.{number + 1}.{part}{layer[found.end() :]}"  # the first is conv_in
     return f"output_blocks.{number}.{part}{layer[found.end() :]}"
 
@@ -894,23 +914,15 @@ def save_kohya(run, models):
     save_file(kohya_tensors(models, alpha), file, metadata)
 
 
-def loading_code(run, models, name):
-    """Returns the lines that load the base model and the adapters, by the result's name, and make a picture."""
-    prompt = (picture_prompts(run.args) or [run.args.instance_prompt or "a photo"])[0]
-    return (
-        f"{base_code(run, models, name)}"
-        f"pipeline.load_lora_weights({name!r})\n"
-        f"prompt = {prompt!r}\n"
-        f"pipeline(prompt, height={run.resolution}, width={run.resolution}).images[0].save('picture.png')"
-    )
-
-
 # === Stable Diffusion: the same in every script that has it ===
 #
 # What it asks of the method above:
 #
 #   choose_caption(samples, key) -> text
 #       the caption that a sample is trained under [draw_caption(samples, key)]
+#
+# What it offers: read_folder, caption_list; picture_and_caption; load_base; encode_batch; base_code; and two of the
+# engine's hooks, fill_cache and picture_prompts.
 
 
 SAMPLER_STEPS = 25  # of a validation picture
@@ -975,8 +987,8 @@ def picture_and_caption(samples, key):
     """Returns the part of a sample that its latents and its conditioning are made of.
 
     "caption", and its embeddings if they are cached; "pixel_values" (3, resolution, resolution) in [-1, 1], or "mean"
-    and "std" of its latents if they are cached; "posterior_noise" of the latents' shape; and for SDXL "time_ids" (6,),
-    in pixels: the file's height and width, the crop's top and left, the sample's height and width.
+    and "std" of its latents if they are cached; "posterior_noise" of the latents' shape; and "time_ids" (6,), which
+    only SDXL reads, in pixels: the file's height and width, the crop's top and left, the sample's height and width.
     """
     crop = samples.choose_crop(key)
     caption = choose_caption(samples, key)
@@ -1203,7 +1215,7 @@ def encode_prompts(models, prompts):
 
 
 def encode_batch(models, batch):
-    """Returns a batch's latents (bsz, 4, h, w), embeddings (bsz, tokens, dim) and, for SDXL, added_cond_kwargs."""
+    """Returns a batch's latents (bsz, 4, h, w), embeddings (bsz, tokens, dim) and what SDXL reads beside them."""
     if "mean" not in batch:
         batch = batch | encode_pixels(models.vae, batch["pixel_values"])
     if "encoder_hidden_states" not in batch:
@@ -1256,7 +1268,7 @@ def plan_cache(run, samples, keys, frozen_text):
         if frozen_text:
             captions.add(choose_caption(samples, key))
         met += 1
-    # An entry that is met less than twice costs more than it spares, unless the next run meets it again.
+    # An entry that is met less than twice, on average, costs more than it spares, unless the next run meets it again.
     met_again = run.args.center_crop and len(crops) <= SMALL_SET
     return crops, captions, met >= 2 * len(crops) or met_again
 
@@ -1318,9 +1330,9 @@ def fill_entries(run, jobs):
 
 # === Engine: the same in every script ===
 #
-# It takes the steps, and does whatever a run needs around them. These hooks are all that it asks of a method. Each of
-# them has to be there; in brackets stands what to return where there is nothing to do. In the scripts of Stable
-# Diffusion, their fence has fill_cache and picture_prompts.
+# train takes the steps, execute does whatever a run needs around them. These hooks are all that they ask of a method;
+# the fences above list a few of their own. Each hook has to be there. In brackets stands what to return where there is
+# nothing to do, or which fence has the hook already.
 #
 #   PUBLISHED
 #       patterns of the files that are uploaded
@@ -1330,7 +1342,8 @@ def fill_entries(run, jobs):
 #       the pictures, each {"name": path, "rows": None, "captions": [text, ...]}; of a data set, "rows" is that, and
 #       "row" the number in it. The engine adds "digest" and "size" (w, h).
 #   class_records(run) -> records
-#       checked pictures of a subject's class, of which one stands behind each of the others in a batch [[]]
+#       checked pictures of a subject's class; in a batch each picture is followed by one of them [[], or Prior
+#       preservation]
 #   make_sample(samples, key) -> dict
 #       a sample of arrays, numbers and texts, with all that it draws, by samples.rng(key, "a name of the draw")
 #   load_models(run) -> models
@@ -1338,27 +1351,30 @@ def fill_entries(run, jobs):
 #       sample_shape (of the noise), trained (models), params_to_optimize, ema_unet (None if there is no average) and
 #       idle (frozen models that no step needs). It sets run.resolution.
 #   identity(run, models) -> dict
-#       what a run must have in common with the one that it resumes [{}]
+#       what a run must have in common with the one that it resumes, beside what check_identity asks for [{}]
 #   fill_cache(run, models, visits)
-#       computes once what frozen models make of the visits, pairs of Samples and keys [nothing]
+#       computes once what frozen models make of the visits, pairs of Samples and keys [None, or Stable Diffusion]
 #   prepare_training(run, models) -> optimizer
 #       brings the models and their optimizer to the device
 #   compute_loss(models, batch, args) -> dict
-#       the "loss" of a batch of samples, and what else to log
+#       the "loss" of a batch of samples, and what else to log; in a validation, without gradients, of a single sample
 #   after_step(run, models)
-#       whatever else follows an optimizer step [nothing]
+#       whatever else follows an optimizer step, on all ranks [None]
 #   picture_prompts(args) -> prompts
-#       of the validation pictures, one each [[]]
+#       of the validation pictures, one each [[], or Stable Diffusion]
 #   sample_picture(run, models, prompt, generator) -> PIL image
 #       generates a validation picture
 #   save_weights(models, folder)
-#       writes the weights that are trained, for a checkpoint; the engine writes their average
+#       writes the weights that are trained, for a checkpoint, on rank 0; the engine writes their average
 #   load_weights(models, folder)
-#       reads it back
+#       loads what save_weights wrote, on all ranks
 #   save_model(run, models)
-#       writes the result to args.output_dir
+#       writes the result to args.output_dir, on rank 0
 #   loading_code(run, models, name) -> text
 #       the lines that load the result by its name, and make a picture
+#
+# What it offers them: list_files, digest, weights_digest, replace_file; samples.rng, .choose_crop, .pixels;
+# prepare_unet, make_optimizer; prediction_target, snr_weights; together, on_main_process, save_result.
 
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -1385,7 +1401,7 @@ def train(run, models, data, optimizer, lr_scheduler):
     unread = []  # finished steps whose numbers are still on the device
     last_time = time.perf_counter()
     for step in range(run.global_step, run.max_train_steps):
-        losses = Counter()
+        losses = collections.defaultdict(float)
         for micro_step in range(args.gradient_accumulation_steps):
             # Only dropout inside the models draws from the global generator.
             torch.manual_seed(int(digest(run.seed, step, micro_step, accelerator.process_index)[:8], 16))
@@ -1416,7 +1432,7 @@ def train(run, models, data, optimizer, lr_scheduler):
 
         validate_now = run.global_step in validations
         save_now = args.checkpointing_steps and run.global_step % args.checkpointing_steps == 0
-        # Read one step late, so that the device always has work, or at once where something follows from the numbers.
+        # Logged one step late, so that the device need not wait; at once before a validation or a checkpoint.
         read_now = validate_now or save_now or run.global_step == run.max_train_steps
         asked_to_stop = log_steps(run, data, progress_bar, unread, keep=0 if read_now else 1)
         if run.stop.signum and accelerator.num_processes == 1:  # no other rank has to hear of it first
@@ -1436,6 +1452,52 @@ def train(run, models, data, optimizer, lr_scheduler):
     progress_bar.close()
 
 
+def execute(args, accelerator, stop):
+    """The stages of a run, from the flags to what it leaves."""
+    run, checkpoint, settings = begin_run(args, accelerator, stop)
+    repo_id = Path(args.output_dir).resolve().name
+    if args.push_to_hub:
+        repo_id = on_main_process(run, open_repository, args)
+
+    # Data.
+    records = check_records(run, read_records(args))
+    records, held_out_records = split_records(args, records, run.seed)
+    records_of_class = class_records(run)
+    sizes = len(records), len(records_of_class)
+    records = records + records_of_class
+    plan_steps(run, sizes)
+
+    # Models.
+    torch.manual_seed(run.seed % 2**64)  # for weights that start at random
+    models = load_models(run)
+    list_changes(run, settings)
+    check_identity(run, models, records)
+    data = make_data(run, models, records, held_out_records, sizes)
+    on_main_process(run, prepare_folder, run, checkpoint)
+    together(start_trackers, run, checkpoint, on=True, folder=args.output_dir)
+    print_header(run, models, data)
+
+    # What the frozen ones make of the data.
+    keys = (key for step in range(run.global_step, run.max_train_steps) for key in data.step_keys(step))
+    twice = 2 * validation_keys(data.held_out)  # before and after, at least
+    fill_cache(run, models, [(data.samples, keys), (data.held_out, twice)])
+
+    # Training.
+    optimizer = prepare_training(run, models)
+    if checkpoint:
+        load_checkpoint(run, models, optimizer, checkpoint)
+    train(run, models, data, optimizer, make_lr_scheduler(run, optimizer))
+
+    # What it leaves.
+    on_main_process(run, save_result, run, models)
+    on_main_process(run, write_model_card, run, models, repo_id)
+    code = loading_code(run, models, str(Path(args.output_dir).resolve()))
+    accelerator.print(f"The result is in {args.output_dir}. To load it:\n\n{code}\n")
+    stop.exit_if_asked()
+    if args.push_to_hub:
+        on_main_process(run, publish, args, repo_id)
+
+
 # The run and its data
 
 
@@ -1443,7 +1505,7 @@ def train(run, models, data, optimizer, lr_scheduler):
 class Run:
     """What a run knows, apart from its models and its data. Functions take it as run."""
 
-    args: argparse.Namespace  # as given; nothing writes to it
+    args: argparse.Namespace  # as parsed; nothing writes to it
     accelerator: Accelerator
     stop: "StopFlag"
     # What a checkpoint carries on.
@@ -1485,7 +1547,7 @@ class Data:
 
 
 def generator(seed, epoch, index, stream):
-    """Returns the generator of one kind of draw, named by its stream, for one sample of one epoch."""
+    """Returns the generator of one kind of draw, named by its stream, for one picture in one pass over the data."""
     return np.random.default_rng((seed, epoch, index, zlib.crc32(stream.encode())))
 
 
@@ -1973,6 +2035,11 @@ def on_main_process(run, function, *arguments):
 
 
 # Checkpoints
+#
+# In one: the weights that are trained, as save_weights has them; unet_ema/, their average; accelerate's optimizer.bin
+# and, under fp16, its scaler's state; metrics.jsonl; state.json, the run's fields and settings; manifest.json, the
+# names and sizes of all that, written last. The schedule of the learning rate follows from optimizer_steps, and every
+# draw from its key, so neither is there.
 
 
 def write_checkpoint(run, models, folder):
@@ -2373,52 +2440,6 @@ def print_header(run, models, data):
     )
     if args.checkpointing_steps and needed > free:
         raise SystemExit(f"A checkpoint needs {needed:.2f} GiB, and {args.output_dir} has {free:.2f} GiB free.")
-
-
-def execute(args, accelerator, stop):
-    """The stages of a run, from the flags to what it leaves."""
-    run, checkpoint, settings = begin_run(args, accelerator, stop)
-    repo_id = Path(args.output_dir).resolve().name
-    if args.push_to_hub:
-        repo_id = on_main_process(run, open_repository, args)
-
-    # Data.
-    records = check_records(run, read_records(args))
-    records, held_out_records = split_records(args, records, run.seed)
-    records_of_class = class_records(run)
-    sizes = len(records), len(records_of_class)
-    records = records + records_of_class
-    plan_steps(run, sizes)
-
-    # Models.
-    torch.manual_seed(run.seed % 2**64)  # for weights that start at random
-    models = load_models(run)
-    list_changes(run, settings)
-    check_identity(run, models, records)
-    data = make_data(run, models, records, held_out_records, sizes)
-    on_main_process(run, prepare_folder, run, checkpoint)
-    together(start_trackers, run, checkpoint, on=True, folder=args.output_dir)
-    print_header(run, models, data)
-
-    # What the frozen ones make of the data.
-    keys = (key for step in range(run.global_step, run.max_train_steps) for key in data.step_keys(step))
-    twice = 2 * validation_keys(data.held_out)  # before and after, at least
-    fill_cache(run, models, [(data.samples, keys), (data.held_out, twice)])
-
-    # Training.
-    optimizer = prepare_training(run, models)
-    if checkpoint:
-        load_checkpoint(run, models, optimizer, checkpoint)
-    train(run, models, data, optimizer, make_lr_scheduler(run, optimizer))
-
-    # What it leaves.
-    on_main_process(run, save_result, run, models)
-    on_main_process(run, write_model_card, run, models, repo_id)
-    code = loading_code(run, models, str(Path(args.output_dir).resolve()))
-    accelerator.print(f"The result is in {args.output_dir}. To load it:\n\n{code}\n")
-    stop.exit_if_asked()
-    if args.push_to_hub:
-        on_main_process(run, publish, args, repo_id)
 
 
 def main(args):

@@ -4,9 +4,9 @@ Each step noises a few pictures (DDPM, Ho et al. 2020, arXiv:2006.11239, eq. 4),
 picture or the velocity (Salimans and Ho 2022, arXiv:2202.00512), and takes the mean squared error, plain or with
 Min-SNR weights (Hang et al. 2023, arXiv:2303.09556). The result is a pipeline that DDPMPipeline.from_pretrained loads.
 
-To read it, take the flags below, up to the first fence (`# === ... ===`), and the method, which stands between the
-imports and the fence "Engine". Skip the fences: they are the same text in every script. The loop is train,
-the first function of the fence "Engine". The comment above it lists all that the engine asks of a method.
+To read it, take 1. the flags below, up to the first fence (`# === ... ===`), 2. from "# The method" to the next fence,
+and 3. the comment at the start of the fence "Engine", with train and execute behind it. Skip the rest of the fences:
+they are the same text in every script that has them.
 
     accelerate launch train_unconditional.py --config configs/demo_unconditional.yaml
     accelerate launch train_unconditional.py --dataset_name huggan/flowers-102-categories --resolution 64 \\
@@ -15,6 +15,7 @@ the first function of the fence "Engine". The comment above it lists all that th
 """
 
 import argparse
+import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -38,7 +39,6 @@ import time
 import traceback
 import typing
 import zlib
-from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,7 +117,7 @@ def add_flags(parser):
 
 
 def check_flags(args):
-    """Lists what no flag's type can know to be wrong: (whether it is wrong, the sentence to say)."""
+    """Checks flags against each other and the disk: a list of (whether it is wrong, the sentence to say)."""
     base, config = args.pretrained_model_name_or_path, args.model_config_name_or_path
     data = args.train_data_dir
     no_base = f"--pretrained_model_name_or_path {base} is no folder and no Hub id"
@@ -433,11 +433,11 @@ def read_records(args):
         records = [{"name": str(file), "rows": None} for file in pictures]
     if not records:
         raise SystemExit(f"{args.dataset_name or args.train_data_dir} holds no pictures {sorted(PICTURE_SUFFIXES)}.")
-    return [{**record, "captions": [""]} for record in records]
+    return [{**record, "captions": [""]} for record in records]  # as a picture without a caption would be refused
 
 
 def class_records(run):
-    """There are no pictures of a class: nothing is kept but the pictures."""
+    """There is no prior preservation here."""
     return []
 
 
@@ -556,7 +556,7 @@ def choose_schedule(args, scheduler):
 
 
 def identity(run, models):
-    """Returns what a run has to have in common with the one that it resumes: a base's weights, or else the config."""
+    """Returns what a run has to have in common with the one that it resumes, beside data, schedule and script."""
     if run.args.pretrained_model_name_or_path:
         base = weights_digest(models.unet)
     else:  # whatever the size of the pictures, and wherever the config is from
@@ -602,7 +602,7 @@ def after_step(run, models):
     save_steps = run.args.save_model_epochs * run.steps_per_epoch
     if save_steps == 0 or run.global_step % save_steps:
         return
-    # A loss is read a step late, so these may be no numbers already: then the last good pipeline stays.
+    # A loss is read a step late, so these may be NaN already: then the last good pipeline stays.
     if all(parameter.isfinite().all() for parameter in models.params_to_optimize):
         on_main_process(run, save_result, run, models)
 
@@ -652,9 +652,9 @@ def loading_code(run, models, name):
 
 # === Engine: the same in every script ===
 #
-# It takes the steps, and does whatever a run needs around them. These hooks are all that it asks of a method. Each of
-# them has to be there; in brackets stands what to return where there is nothing to do. In the scripts of Stable
-# Diffusion, their fence has fill_cache and picture_prompts.
+# train takes the steps, execute does whatever a run needs around them. These hooks are all that they ask of a method;
+# the fences above list a few of their own. Each hook has to be there. In brackets stands what to return where there is
+# nothing to do, or which fence has the hook already.
 #
 #   PUBLISHED
 #       patterns of the files that are uploaded
@@ -664,7 +664,8 @@ def loading_code(run, models, name):
 #       the pictures, each {"name": path, "rows": None, "captions": [text, ...]}; of a data set, "rows" is that, and
 #       "row" the number in it. The engine adds "digest" and "size" (w, h).
 #   class_records(run) -> records
-#       checked pictures of a subject's class, of which one stands behind each of the others in a batch [[]]
+#       checked pictures of a subject's class; in a batch each picture is followed by one of them [[], or Prior
+#       preservation]
 #   make_sample(samples, key) -> dict
 #       a sample of arrays, numbers and texts, with all that it draws, by samples.rng(key, "a name of the draw")
 #   load_models(run) -> models
@@ -672,27 +673,30 @@ def loading_code(run, models, name):
 #       sample_shape (of the noise), trained (models), params_to_optimize, ema_unet (None if there is no average) and
 #       idle (frozen models that no step needs). It sets run.resolution.
 #   identity(run, models) -> dict
-#       what a run must have in common with the one that it resumes [{}]
+#       what a run must have in common with the one that it resumes, beside what check_identity asks for [{}]
 #   fill_cache(run, models, visits)
-#       computes once what frozen models make of the visits, pairs of Samples and keys [nothing]
+#       computes once what frozen models make of the visits, pairs of Samples and keys [None, or Stable Diffusion]
 #   prepare_training(run, models) -> optimizer
 #       brings the models and their optimizer to the device
 #   compute_loss(models, batch, args) -> dict
-#       the "loss" of a batch of samples, and what else to log
+#       the "loss" of a batch of samples, and what else to log; in a validation, without gradients, of a single sample
 #   after_step(run, models)
-#       whatever else follows an optimizer step [nothing]
+#       whatever else follows an optimizer step, on all ranks [None]
 #   picture_prompts(args) -> prompts
-#       of the validation pictures, one each [[]]
+#       of the validation pictures, one each [[], or Stable Diffusion]
 #   sample_picture(run, models, prompt, generator) -> PIL image
 #       generates a validation picture
 #   save_weights(models, folder)
-#       writes the weights that are trained, for a checkpoint; the engine writes their average
+#       writes the weights that are trained, for a checkpoint, on rank 0; the engine writes their average
 #   load_weights(models, folder)
-#       reads it back
+#       loads what save_weights wrote, on all ranks
 #   save_model(run, models)
-#       writes the result to args.output_dir
+#       writes the result to args.output_dir, on rank 0
 #   loading_code(run, models, name) -> text
 #       the lines that load the result by its name, and make a picture
+#
+# What it offers them: list_files, digest, weights_digest, replace_file; samples.rng, .choose_crop, .pixels;
+# prepare_unet, make_optimizer; prediction_target, snr_weights; together, on_main_process, save_result.
 
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -719,7 +723,7 @@ def train(run, models, data, optimizer, lr_scheduler):
     unread = []  # finished steps whose numbers are still on the device
     last_time = time.perf_counter()
     for step in range(run.global_step, run.max_train_steps):
-        losses = Counter()
+        losses = collections.defaultdict(float)
         for micro_step in range(args.gradient_accumulation_steps):
             # Only dropout inside the models draws from the global generator.
             torch.manual_seed(int(digest(run.seed, step, micro_step, accelerator.process_index)[:8], 16))
@@ -750,7 +754,7 @@ def train(run, models, data, optimizer, lr_scheduler):
 
         validate_now = run.global_step in validations
         save_now = args.checkpointing_steps and run.global_step % args.checkpointing_steps == 0
-        # Read one step late, so that the device always has work, or at once where something follows from the numbers.
+        # Logged one step late, so that the device need not wait; at once before a validation or a checkpoint.
         read_now = validate_now or save_now or run.global_step == run.max_train_steps
         asked_to_stop = log_steps(run, data, progress_bar, unread, keep=0 if read_now else 1)
         if run.stop.signum and accelerator.num_processes == 1:  # no other rank has to hear of it first
@@ -770,6 +774,52 @@ def train(run, models, data, optimizer, lr_scheduler):
     progress_bar.close()
 
 
+def execute(args, accelerator, stop):
+    """The stages of a run, from the flags to what it leaves."""
+    run, checkpoint, settings = begin_run(args, accelerator, stop)
+    repo_id = Path(args.output_dir).resolve().name
+    if args.push_to_hub:
+        repo_id = on_main_process(run, open_repository, args)
+
+    # Data.
+    records = check_records(run, read_records(args))
+    records, held_out_records = split_records(args, records, run.seed)
+    records_of_class = class_records(run)
+    sizes = len(records), len(records_of_class)
+    records = records + records_of_class
+    plan_steps(run, sizes)
+
+    # Models.
+    torch.manual_seed(run.seed % 2**64)  # for weights that start at random
+    models = load_models(run)
+    list_changes(run, settings)
+    check_identity(run, models, records)
+    data = make_data(run, models, records, held_out_records, sizes)
+    on_main_process(run, prepare_folder, run, checkpoint)
+    together(start_trackers, run, checkpoint, on=True, folder=args.output_dir)
+    print_header(run, models, data)
+
+    # What the frozen ones make of the data.
+    keys = (key for step in range(run.global_step, run.max_train_steps) for key in data.step_keys(step))
+    twice = 2 * validation_keys(data.held_out)  # before and after, at least
+    fill_cache(run, models, [(data.samples, keys), (data.held_out, twice)])
+
+    # Training.
+    optimizer = prepare_training(run, models)
+    if checkpoint:
+        load_checkpoint(run, models, optimizer, checkpoint)
+    train(run, models, data, optimizer, make_lr_scheduler(run, optimizer))
+
+    # What it leaves.
+    on_main_process(run, save_result, run, models)
+    on_main_process(run, write_model_card, run, models, repo_id)
+    code = loading_code(run, models, str(Path(args.output_dir).resolve()))
+    accelerator.print(f"The result is in {args.output_dir}. To load it:\n\n{code}\n")
+    stop.exit_if_asked()
+    if args.push_to_hub:
+        on_main_process(run, publish, args, repo_id)
+
+
 # The run and its data
 
 
@@ -777,7 +827,7 @@ def train(run, models, data, optimizer, lr_scheduler):
 class Run:
     """What a run knows, apart from its models and its data. Functions take it as run."""
 
-    args: argparse.Namespace  # as given; nothing writes to it
+    args: argparse.Namespace  # as parsed; nothing writes to it
     accelerator: Accelerator
     stop: "StopFlag"
     # What a checkpoint carries on.
@@ -819,7 +869,7 @@ class Data:
 
 
 def generator(seed, epoch, index, stream):
-    """Returns the generator of one kind of draw, named by its stream, for one sample of one epoch."""
+    """Returns the generator of one kind of draw, named by its stream, for one picture in one pass over the data."""
     return np.random.default_rng((seed, epoch, index, zlib.crc32(stream.encode())))
 
 
@@ -1307,6 +1357,11 @@ def on_main_process(run, function, *arguments):
 
 
 # Checkpoints
+#
+# In one: the weights that are trained, as save_weights has them; unet_ema/, their average; accelerate's optimizer.bin
+# and, under fp16, its scaler's state; metrics.jsonl; state.json, the run's fields and settings; manifest.json, the
+# names and sizes of all that, written last. The schedule of the learning rate follows from optimizer_steps, and every
+# draw from its key, so neither is there.
 
 
 def write_checkpoint(run, models, folder):
@@ -1707,52 +1762,6 @@ def print_header(run, models, data):
     )
     if args.checkpointing_steps and needed > free:
         raise SystemExit(f"A checkpoint needs {needed:.2f} GiB, and {args.output_dir} has {free:.2f} GiB free.")
-
-
-def execute(args, accelerator, stop):
-    """The stages of a run, from the flags to what it leaves."""
-    run, checkpoint, settings = begin_run(args, accelerator, stop)
-    repo_id = Path(args.output_dir).resolve().name
-    if args.push_to_hub:
-        repo_id = on_main_process(run, open_repository, args)
-
-    # Data.
-    records = check_records(run, read_records(args))
-    records, held_out_records = split_records(args, records, run.seed)
-    records_of_class = class_records(run)
-    sizes = len(records), len(records_of_class)
-    records = records + records_of_class
-    plan_steps(run, sizes)
-
-    # Models.
-    torch.manual_seed(run.seed % 2**64)  # for weights that start at random
-    models = load_models(run)
-    list_changes(run, settings)
-    check_identity(run, models, records)
-    data = make_data(run, models, records, held_out_records, sizes)
-    on_main_process(run, prepare_folder, run, checkpoint)
-    together(start_trackers, run, checkpoint, on=True, folder=args.output_dir)
-    print_header(run, models, data)
-
-    # What the frozen ones make of the data.
-    keys = (key for step in range(run.global_step, run.max_train_steps) for key in data.step_keys(step))
-    twice = 2 * validation_keys(data.held_out)  # before and after, at least
-    fill_cache(run, models, [(data.samples, keys), (data.held_out, twice)])
-
-    # Training.
-    optimizer = prepare_training(run, models)
-    if checkpoint:
-        load_checkpoint(run, models, optimizer, checkpoint)
-    train(run, models, data, optimizer, make_lr_scheduler(run, optimizer))
-
-    # What it leaves.
-    on_main_process(run, save_result, run, models)
-    on_main_process(run, write_model_card, run, models, repo_id)
-    code = loading_code(run, models, str(Path(args.output_dir).resolve()))
-    accelerator.print(f"The result is in {args.output_dir}. To load it:\n\n{code}\n")
-    stop.exit_if_asked()
-    if args.push_to_hub:
-        on_main_process(run, publish, args, repo_id)
 
 
 def main(args):
