@@ -1,5 +1,6 @@
 """Resuming: to the same bits at any step, from the newest whole checkpoint, and only the run that it was."""
 
+import json
 import os
 import re
 import shutil
@@ -281,3 +282,31 @@ def test_changed_flags_are_listed_and_obeyed(command, out, capsys):
     assert moved[1] > 10 * moved[0]  # Adam's steps are about as long as the learning rate
     sizes = [sum(float(tensor.abs().sum()) for tensor in step.values()) for step in steps]
     assert sizes[1] == pytest.approx(sizes[0], rel=1e-2) and sizes[2] < 0.95 * sizes[1]  # 1 - 3e-3 * 30
+
+
+def test_what_the_run_worked_out_is_compared_too(command, out, capsys):
+    """Another number of processes is listed, and so is a number of steps that another flag gives; the flag is not."""
+    shutil.rmtree(out / "checkpoint-3")
+    state = json.loads((out / "checkpoint-2" / "state.json").read_text())
+    state["settings"]["num_processes"] = 4
+    text = json.dumps(state)
+    (out / "checkpoint-2" / "state.json").write_text(text)
+    manifest = json.loads((out / "checkpoint-2" / "manifest.json").read_text())
+    (out / "checkpoint-2" / "manifest.json").write_text(json.dumps(manifest | {"state.json": len(text)}))
+    run(script, *command(out, *RESUME, "checkpoint-2", "--num_train_epochs", 2))
+    said = capsys.readouterr().out
+    listed = set(re.findall(r"--(\w+) was (\S+) and is now (\S+)", said))
+    assert {name for name, *_ in listed} == {"num_processes", "max_train_steps"}
+    assert ("num_processes", "4", "1") in listed
+
+
+def test_an_older_scripts_checkpoint_is_refused(command, refused, out):
+    """A checkpoint without the settings that this script compares is refused in a sentence."""
+    folder = out / "checkpoint-3"
+    state = json.loads((folder / "state.json").read_text())
+    state["args"] = state.pop("settings")
+    text = json.dumps(state)
+    (folder / "state.json").write_text(text)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"state.json": len(text)}))
+    assert "earlier version" in refused(*command(out, *RESUME, "latest"))

@@ -532,3 +532,30 @@ def test_a_stopped_process_goes_on_exactly(how, start, train, dropout_config, wi
     assert_equal(out / f"checkpoint-{last}", whole / f"checkpoint-{last}")
     assert same(weights(out / "unet"), weights(whole / "unet")) and logged(out) == logged(whole)
     assert all(is_whole(path) for path in out.glob("checkpoint-*")) and litter(out) == []
+
+
+def test_other_names_of_flags(config, pictures, tmp_path, capsys):
+    """A flag's other name sets it, in a config too; its help has no default, and the command line replaces it."""
+    args = script.parse_args(flags_of(config, pictures, "out", "--num_epochs", 7, "--logger", "none"))
+    assert (args.num_train_epochs, args.report_to) == (7, "none") and not hasattr(args, "num_epochs")
+    (tmp_path / "flags.yaml").write_text("save_images_epochs: 5\nlogger: none\n")
+    config_flags = ("--config", tmp_path / "flags.yaml")
+    assert script.parse_args(flags_of(config, pictures, "out", *config_flags)).validation_epochs == 5
+    args = script.parse_args(flags_of(config, pictures, "out", *config_flags, "--validation_steps", 2))
+    assert (args.validation_epochs, args.validation_steps) == (None, 2)
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the same as --num_train_epochs --save_images_epochs" in said and "(default: 10)" in said
+
+
+def test_timesteps_are_those_of_the_schedule(config, tmp_path, pictures, train, monkeypatch):
+    """A base whose own betas are fewer than its config says is trained on these, and on no timestep beyond."""
+    torch.manual_seed(0)
+    unet = UNet2DModel.from_config(UNet2DModel.load_config(config))
+    scheduler = DDPMScheduler(trained_betas=np.linspace(1e-3, 0.2, 10).tolist())
+    DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(tmp_path / "base")
+    batches = watch(monkeypatch, script).batches
+    train("out", "--pretrained_model_name_or_path", tmp_path / "base", "--max_train_steps", 6)
+    drawn = [t for batch in batches for t in batch["timesteps"].tolist()]
+    assert len(drawn) > 10 and max(drawn) <= 9 and len(set(drawn)) > 3
