@@ -1771,8 +1771,8 @@ def split_records(args, records, seed):
     chosen = sorted(permutation(seed, 0, len(records))[: args.max_train_samples])
     if args.validation_samples >= len(chosen):
         raise SystemExit(f"--validation_samples {args.validation_samples} leaves none of {len(chosen)} to train on.")
-    held_out = {chosen[i * len(chosen) // args.validation_samples] for i in range(args.validation_samples)}
-    return [records[i] for i in chosen if i not in held_out], [records[i] for i in sorted(held_out)]
+    places = {chosen[i * len(chosen) // args.validation_samples] for i in range(args.validation_samples)}
+    return [records[i] for i in chosen if i not in places], [records[i] for i in sorted(places)]
 
 
 def cache_folder(args):
@@ -2142,12 +2142,17 @@ def find_checkpoint(args):
         return path
 
 
+def draw_run_id():
+    """Draws the name of a run for its tracker, 8 hexadecimal digits, which is also its seed if none is given."""
+    return os.urandom(4).hex()
+
+
 def begin_run(args, accelerator, stop):
     """Returns the run, at its start or where a checkpoint left it, and that checkpoint with the settings it had."""
     main_process, output_dir = accelerator.is_main_process, args.output_dir
     checkpoint = together(find_checkpoint, args, on=main_process, folder=output_dir)
     if checkpoint is None:
-        tracker_id = together(os.urandom, 4, on=main_process, folder=output_dir).hex()
+        tracker_id = together(draw_run_id, on=main_process, folder=output_dir)
         seed = int(tracker_id, 16) if args.seed is None else args.seed
         return Run(args, accelerator, stop, seed, tracker_id), None, {}
     text = together((checkpoint / "state.json").read_text, on=main_process, folder=output_dir)
