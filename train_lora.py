@@ -506,7 +506,9 @@ def read_config(parser, argv):
     given = {known[flag].dest for flag in (word.split("=")[0] for word in argv) if flag in known}
     # What the command line says in other words counts no more.
     replaced = {REPLACES[name] for name in given & REPLACES.keys()} - given
-    config = {name: v for name, v in config.items() if getattr(known.get(f"--{name}"), "dest", name) not in replaced}
+    for name in list(config):
+        if f"--{name}" in known and known[f"--{name}"].dest in replaced:
+            del config[name]
     for name, value in config.items():
         if value is False and f"--no-{name}" not in known:
             takes_value = f"--{name}" not in known or known[f"--{name}"].nargs != 0
@@ -943,7 +945,10 @@ def read_metadata(file, caption_column):
     """Returns the captions of a metadata.jsonl or metadata.csv by picture, None where a row has none."""
     try:
         with open(file, newline="", encoding="utf-8-sig") as lines:
-            rows = list(csv.DictReader(lines) if file.suffix == ".csv" else map(json.loads, filter(str.strip, lines)))
+            if file.suffix == ".csv":
+                rows = list(csv.DictReader(lines))
+            else:
+                rows = [json.loads(line) for line in lines if line.strip()]
         columns = list(dict.fromkeys(column for row in rows for column in row))
         for column in ("file_name", caption_column):
             if column not in columns:
@@ -980,7 +985,9 @@ def draw_caption(samples, key, proportion_empty=0):
     if proportion_empty and samples.rng(key, "empty caption").random() < proportion_empty:
         return ""
     captions = samples.records[key[1]]["captions"]
-    return captions[samples.rng(key, "caption").integers(len(captions))] if len(captions) > 1 else captions[0]
+    if len(captions) == 1:
+        return captions[0]
+    return captions[samples.rng(key, "caption").integers(len(captions))]
 
 
 def picture_and_caption(samples, key):
@@ -1057,8 +1064,8 @@ def open_single_file(args, parts):
 
 def open_base(args):
     """Opens the base model's pipeline as it was published, from files in half precision if it has no others."""
-    base, vae, parts = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path, {}
-    parts["feature_extractor"] = None
+    base, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+    parts = {"feature_extractor": None}
     if vae:
         try:
             parts["vae"] = AutoencoderKL.from_pretrained(
@@ -1609,7 +1616,8 @@ class Samples(torch.utils.data.Dataset):
         shorter = min(self.records[index]["size"])
         width, height = (max(side, round(length * side / shorter)) for length in self.records[index]["size"])
         x, y = (0.5, 0.5) if self.args.center_crop else self.rng(key, "crop").random(2)
-        left, top = int(x * (width - side + 1)), int(y * (height - side + 1))
+        left = int(x * (width - side + 1))
+        top = int(y * (height - side + 1))
         flip = self.args.random_flip and bool(self.rng(key, "flip").random() < 0.5)
         return Crop(index, width, height, left, top, flip)
 
@@ -1927,7 +1935,8 @@ class FinishedStep:
     """What is logged of a step. Its numbers, means over the ranks, stay on the device until they are read."""
 
     def __init__(self, run, row, keys, losses, grad_norm, skipped):
-        self.row, self.keys, self.names = row, keys, [*losses, "grad_norm", "skipped", "asked_to_stop"]
+        self.row, self.keys = row, keys
+        self.names = [*losses, "grad_norm", "skipped", "asked_to_stop"]
         loss = losses["loss"]
         # Filled on the device: a number copied to it would make it wait.
         flags = [torch.full_like(loss, float(flag)) for flag in (skipped, run.stop.signum > 0)]
@@ -2345,7 +2354,9 @@ def make_optimizer(run, groups):
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
         config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
         config["gradient_clipping"] = args.max_grad_norm
-    betas, eps, weight_decay = (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.adam_weight_decay
+    betas = (args.adam_beta1, args.adam_beta2)
+    eps = args.adam_epsilon
+    weight_decay = args.adam_weight_decay
     if args.use_8bit_adam:
         return bitsandbytes.optim.AdamW8bit(groups, betas=betas, eps=eps, weight_decay=weight_decay)
     # A fused step hides from accelerate that the scaler of fp16 skipped it.

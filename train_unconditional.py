@@ -342,7 +342,9 @@ def read_config(parser, argv):
     given = {known[flag].dest for flag in (word.split("=")[0] for word in argv) if flag in known}
     # What the command line says in other words counts no more.
     replaced = {REPLACES[name] for name in given & REPLACES.keys()} - given
-    config = {name: v for name, v in config.items() if getattr(known.get(f"--{name}"), "dest", name) not in replaced}
+    for name in list(config):
+        if f"--{name}" in known and known[f"--{name}"].dest in replaced:
+            del config[name]
     for name, value in config.items():
         if value is False and f"--no-{name}" not in known:
             takes_value = f"--{name}" not in known or known[f"--{name}"].nargs != 0
@@ -931,7 +933,8 @@ class Samples(torch.utils.data.Dataset):
         shorter = min(self.records[index]["size"])
         width, height = (max(side, round(length * side / shorter)) for length in self.records[index]["size"])
         x, y = (0.5, 0.5) if self.args.center_crop else self.rng(key, "crop").random(2)
-        left, top = int(x * (width - side + 1)), int(y * (height - side + 1))
+        left = int(x * (width - side + 1))
+        top = int(y * (height - side + 1))
         flip = self.args.random_flip and bool(self.rng(key, "flip").random() < 0.5)
         return Crop(index, width, height, left, top, flip)
 
@@ -1249,7 +1252,8 @@ class FinishedStep:
     """What is logged of a step. Its numbers, means over the ranks, stay on the device until they are read."""
 
     def __init__(self, run, row, keys, losses, grad_norm, skipped):
-        self.row, self.keys, self.names = row, keys, [*losses, "grad_norm", "skipped", "asked_to_stop"]
+        self.row, self.keys = row, keys
+        self.names = [*losses, "grad_norm", "skipped", "asked_to_stop"]
         loss = losses["loss"]
         # Filled on the device: a number copied to it would make it wait.
         flags = [torch.full_like(loss, float(flag)) for flag in (skipped, run.stop.signum > 0)]
@@ -1667,7 +1671,9 @@ def make_optimizer(run, groups):
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
         config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
         config["gradient_clipping"] = args.max_grad_norm
-    betas, eps, weight_decay = (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.adam_weight_decay
+    betas = (args.adam_beta1, args.adam_beta2)
+    eps = args.adam_epsilon
+    weight_decay = args.adam_weight_decay
     if args.use_8bit_adam:
         return bitsandbytes.optim.AdamW8bit(groups, betas=betas, eps=eps, weight_decay=weight_decay)
     # A fused step hides from accelerate that the scaler of fp16 skipped it.
