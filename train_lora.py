@@ -198,6 +198,9 @@ def stable_diffusion_problems(args):
         (config and not single_file, f"--single_file_config needs a .safetensors file, not {base}"),
         (config and not may_be_model(config), f"--single_file_config {config} {nowhere}"),
         (vae and not may_be_model(vae), f"--pretrained_vae_model_name_or_path {vae} {nowhere}"),
+        *model_problems(args, flag, base),
+        *model_problems(args, "--pretrained_vae_model_name_or_path", vae),
+        *model_problems(args, "--single_file_config", config),
         (args.rescale_betas_zero_snr and args.prediction_type == "epsilon", noise_alone),
     ]
 
@@ -227,7 +230,7 @@ def read_rows(args, files, columns):
             name, config = args.dataset_name, args.dataset_config_name
             rows = datasets.load_dataset(name, config, split="train", cache_dir=args.cache_dir)
         else:
-            files_by_split = {"train": [str(file) for file in files]}
+            files_by_split = {"train": [glob.escape(str(file)) for file in files]}  # which are read as patterns
             rows = datasets.load_dataset("parquet", data_files=files_by_split, split="train", cache_dir=args.cache_dir)
     except Exception as error:  # anything, from an unknown name to a broken file
         raise SystemExit(f"The data set {args.dataset_name or files[0].parent} cannot be loaded: {error}")
@@ -263,6 +266,7 @@ def prior_problems(args, folder):
     prior, classes = args.with_prior_preservation, args.class_data_dir
     of_class = "--class_data_dir, a folder that may be empty, and --class_prompt"
     nested = lies_in(folder, classes) or lies_in(classes, folder)
+    cleared = args.overwrite_output_dir and lies_in(classes, args.output_dir)
     return [
         (prior and not args.instance_prompt, "--with_prior_preservation needs --instance_prompt"),
         (prior and not (classes and args.class_prompt), f"--with_prior_preservation needs {of_class}"),
@@ -270,6 +274,7 @@ def prior_problems(args, folder):
         (nested, f"neither of --class_data_dir {classes} and {folder} may lie in the other"),
         (lies_in(args.output_dir, classes), "--output_dir lies in --class_data_dir: take one beside it"),
         (classes and Path(classes).is_file(), f"--class_data_dir {classes} is a file"),
+        (cleared, "--class_data_dir lies in --output_dir, where --overwrite_output_dir deletes: move it elsewhere"),
     ]
 
 
@@ -422,7 +427,7 @@ def add_common_flags(parser):
     add("--scale_lr", **switch, help="multiply the learning rate by the total batch size")
     shapes = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
     add("--lr_scheduler", default="constant", choices=shapes, help="shape of the learning rate over the run")
-    add("--lr_warmup_steps", type=natural_int, default=500, help="optimizer steps of linear warmup")
+    add("--lr_warmup_steps", type=natural_int, default=500, help="optimizer steps of linear warmup; constant has none")
     add("--lr_num_cycles", type=positive_int, default=1, help="cosine waves of cosine_with_restarts")
     add("--lr_power", type=non_negative, default=1.0, help="power of polynomial")
     add("--use_8bit_adam", **switch, help="8-bit AdamW of bitsandbytes: a quarter of the optimizer's memory")
@@ -473,10 +478,19 @@ def may_be_model(path):
 
 def folder_problems(args, flag, folder):
     """Lists what can be wrong with the folder of the pictures, if that is how they are given."""
+    cleared = args.overwrite_output_dir and lies_in(folder, args.output_dir)
     return [
         (folder and not Path(folder).is_dir(), f"{flag} {folder} is not a folder"),
         (lies_in(args.output_dir, folder), f"--output_dir lies in {folder}: its samples would be trained on"),
+        (cleared, f"{flag} {folder} lies in --output_dir, where --overwrite_output_dir deletes: move it elsewhere"),
     ]
+
+
+def model_problems(args, flag, path):
+    """Lists what can be wrong with where a model lies that is read, if it is on this machine."""
+    here = path and Path(path).exists()
+    nested = here and (lies_in(path, args.output_dir) or lies_in(args.output_dir, path))
+    return [(nested, f"{flag} {path} would be overwritten: neither it nor --output_dir may lie in the other")]
 
 
 def common_problems(args):
@@ -942,7 +956,7 @@ PIPELINES = {
 
 
 def read_metadata(file, caption_column):
-    """Returns the captions of a metadata.jsonl or metadata.csv by picture, None where a row has none."""
+    """Returns the captions of a metadata.jsonl or metadata.csv by picture, a list each."""
     try:
         with open(file, newline="", encoding="utf-8-sig") as lines:
             if file.suffix == ".csv":
@@ -953,7 +967,10 @@ def read_metadata(file, caption_column):
         for column in ("file_name", caption_column):
             if column not in columns:
                 raise SystemExit(f"{file} has no column {column!r}, but {columns}; see --caption_column.")
-        return {file.parent / row["file_name"]: row.get(caption_column) for row in rows}
+        captions = {}
+        for row in rows:  # several for a picture are several captions
+            captions.setdefault(file.parent / row["file_name"], []).extend(caption_list(row.get(caption_column)))
+        return captions
     except (ValueError, TypeError, LookupError, AttributeError, csv.Error) as error:
         raise SystemExit(f"{file} cannot be read: {error}")
 
@@ -966,9 +983,9 @@ def read_folder(files, caption_column):
             captions |= read_metadata(metadata, caption_column)
     for file in files:
         beside = file.with_suffix(".txt")
-        if file.suffix.lower() in PICTURE_SUFFIXES and captions.setdefault(file) is None and beside.is_file():
+        if file.suffix.lower() in PICTURE_SUFFIXES and not captions.setdefault(file, []) and beside.is_file():
             try:
-                captions[file] = beside.read_text(encoding="utf-8-sig")
+                captions[file] = [beside.read_text(encoding="utf-8-sig")]
             except ValueError as error:
                 raise SystemExit(f"{beside} is not UTF-8 text: {error}")
     return [{"name": str(file), "rows": None, "captions": captions[file]} for file in sorted(captions)]
@@ -1387,6 +1404,8 @@ def fill_entries(run, jobs):
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 VALIDATION_DRAWS = 4  # noises and timesteps for each held-out picture
 STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1"} & {*dir(signal)}
+# What a run that is killed may have been writing: a checkpoint, or a file that replace_file was to put in place.
+TORN = r"\.checkpoint-\d+\.tmp|\.(README\.md|train_args\.yaml|metrics\.jsonl|[\w-]+\.safetensors)\.[0-9a-f]+\.tmp"
 UNSAVED = {"config", "hub_token", "overwrite_output_dir", "resume_from_checkpoint"}
 
 
@@ -1673,8 +1692,17 @@ def weights_digest(model):
 
 
 def list_files(folder):
-    """Lists the files under a folder, sorted; hidden ones are left out, links to folders are followed."""
-    return sorted(Path(file) for file in glob.glob(f"{glob.escape(str(folder))}/**", recursive=True))
+    """Lists the files under a folder, sorted; hidden ones are left out, links to folders are followed, but once."""
+    files, walked = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in walked:  # by way of a link
+            folders.clear()
+            continue
+        walked.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(files)
 
 
 def read_bytes(record):
@@ -1792,7 +1820,7 @@ def cache_folder(args):
 def replace_file(path, data):
     """Writes bytes beside the path and renames, so that the file is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")  # containers can have the same process number
     try:
         beside.write_bytes(data)
         os.replace(beside, path)
@@ -2127,6 +2155,10 @@ def save_checkpoint(run, models):
 def find_checkpoint(args):
     """Returns the checkpoint to resume from, or None; refuses a folder that holds another run."""
     resume, found = args.resume_from_checkpoint, numbered_checkpoints(args.output_dir)
+    if Path(args.output_dir, "model_index.json").exists() and not Path(args.output_dir, "train_args.yaml").exists():
+        raise SystemExit(
+            f"{args.output_dir} holds a model that no run of this script left: take another --output_dir."
+        )
     if resume is None and not args.overwrite_output_dir and (found or Path(args.output_dir, "README.md").exists()):
         raise SystemExit(
             f"{args.output_dir} holds another run: go on with it by --resume_from_checkpoint latest, "
@@ -2398,7 +2430,8 @@ def clear_folder(run):
     """Deletes what a killed run was writing, and what the run left that --overwrite_output_dir overwrites."""
     output_dir, logging_dir = Path(run.args.output_dir), Path(run.args.output_dir, run.args.logging_dir)
     for torn in [*output_dir.glob(".*.tmp"), *logging_dir.glob(".*.tmp")]:
-        shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
+        if re.fullmatch(TORN, torn.name):
+            shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
     if run.args.overwrite_output_dir and (output_dir / "train_args.yaml").exists():
         results = [path for pattern in PUBLISHED for path in output_dir.glob(pattern)]
         for path in numbered_checkpoints(output_dir) + results:

@@ -129,6 +129,8 @@ def check_flags(args):
         (base and config, either_model),
         (base and not may_be_model(base), no_base),
         (config and not may_be_model(config) and not Path(config).exists(), no_config),
+        *model_problems(args, "--pretrained_model_name_or_path", base),
+        *model_problems(args, "--model_config_name_or_path", config),
     ]
 
 
@@ -154,7 +156,7 @@ def read_rows(args, files, columns):
             name, config = args.dataset_name, args.dataset_config_name
             rows = datasets.load_dataset(name, config, split="train", cache_dir=args.cache_dir)
         else:
-            files_by_split = {"train": [str(file) for file in files]}
+            files_by_split = {"train": [glob.escape(str(file)) for file in files]}  # which are read as patterns
             rows = datasets.load_dataset("parquet", data_files=files_by_split, split="train", cache_dir=args.cache_dir)
     except Exception as error:  # anything, from an unknown name to a broken file
         raise SystemExit(f"The data set {args.dataset_name or files[0].parent} cannot be loaded: {error}")
@@ -258,7 +260,7 @@ def add_common_flags(parser):
     add("--scale_lr", **switch, help="multiply the learning rate by the total batch size")
     shapes = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
     add("--lr_scheduler", default="constant", choices=shapes, help="shape of the learning rate over the run")
-    add("--lr_warmup_steps", type=natural_int, default=500, help="optimizer steps of linear warmup")
+    add("--lr_warmup_steps", type=natural_int, default=500, help="optimizer steps of linear warmup; constant has none")
     add("--lr_num_cycles", type=positive_int, default=1, help="cosine waves of cosine_with_restarts")
     add("--lr_power", type=non_negative, default=1.0, help="power of polynomial")
     add("--use_8bit_adam", **switch, help="8-bit AdamW of bitsandbytes: a quarter of the optimizer's memory")
@@ -309,10 +311,19 @@ def may_be_model(path):
 
 def folder_problems(args, flag, folder):
     """Lists what can be wrong with the folder of the pictures, if that is how they are given."""
+    cleared = args.overwrite_output_dir and lies_in(folder, args.output_dir)
     return [
         (folder and not Path(folder).is_dir(), f"{flag} {folder} is not a folder"),
         (lies_in(args.output_dir, folder), f"--output_dir lies in {folder}: its samples would be trained on"),
+        (cleared, f"{flag} {folder} lies in --output_dir, where --overwrite_output_dir deletes: move it elsewhere"),
     ]
+
+
+def model_problems(args, flag, path):
+    """Lists what can be wrong with where a model lies that is read, if it is on this machine."""
+    here = path and Path(path).exists()
+    nested = here and (lies_in(path, args.output_dir) or lies_in(args.output_dir, path))
+    return [(nested, f"{flag} {path} would be overwritten: neither it nor --output_dir may lie in the other")]
 
 
 def common_problems(args):
@@ -704,6 +715,8 @@ def loading_code(run, models, name):
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 VALIDATION_DRAWS = 4  # noises and timesteps for each held-out picture
 STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1"} & {*dir(signal)}
+# What a run that is killed may have been writing: a checkpoint, or a file that replace_file was to put in place.
+TORN = r"\.checkpoint-\d+\.tmp|\.(README\.md|train_args\.yaml|metrics\.jsonl|[\w-]+\.safetensors)\.[0-9a-f]+\.tmp"
 UNSAVED = {"config", "hub_token", "overwrite_output_dir", "resume_from_checkpoint"}
 
 
@@ -990,8 +1003,17 @@ def weights_digest(model):
 
 
 def list_files(folder):
-    """Lists the files under a folder, sorted; hidden ones are left out, links to folders are followed."""
-    return sorted(Path(file) for file in glob.glob(f"{glob.escape(str(folder))}/**", recursive=True))
+    """Lists the files under a folder, sorted; hidden ones are left out, links to folders are followed, but once."""
+    files, walked = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in walked:  # by way of a link
+            folders.clear()
+            continue
+        walked.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(files)
 
 
 def read_bytes(record):
@@ -1109,7 +1131,7 @@ def cache_folder(args):
 def replace_file(path, data):
     """Writes bytes beside the path and renames, so that the file is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")  # containers can have the same process number
     try:
         beside.write_bytes(data)
         os.replace(beside, path)
@@ -1444,6 +1466,10 @@ def save_checkpoint(run, models):
 def find_checkpoint(args):
     """Returns the checkpoint to resume from, or None; refuses a folder that holds another run."""
     resume, found = args.resume_from_checkpoint, numbered_checkpoints(args.output_dir)
+    if Path(args.output_dir, "model_index.json").exists() and not Path(args.output_dir, "train_args.yaml").exists():
+        raise SystemExit(
+            f"{args.output_dir} holds a model that no run of this script left: take another --output_dir."
+        )
     if resume is None and not args.overwrite_output_dir and (found or Path(args.output_dir, "README.md").exists()):
         raise SystemExit(
             f"{args.output_dir} holds another run: go on with it by --resume_from_checkpoint latest, "
@@ -1715,7 +1741,8 @@ def clear_folder(run):
     """Deletes what a killed run was writing, and what the run left that --overwrite_output_dir overwrites."""
     output_dir, logging_dir = Path(run.args.output_dir), Path(run.args.output_dir, run.args.logging_dir)
     for torn in [*output_dir.glob(".*.tmp"), *logging_dir.glob(".*.tmp")]:
-        shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
+        if re.fullmatch(TORN, torn.name):
+            shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
     if run.args.overwrite_output_dir and (output_dir / "train_args.yaml").exists():
         results = [path for pattern in PUBLISHED for path in output_dir.glob(pattern)]
         for path in numbered_checkpoints(output_dir) + results:

@@ -427,3 +427,38 @@ def test_unchanged_rows_are_not_decoded_again(check, tmp_path, monkeypatch):
     assert check(tmp_path / "rows") is None
     monkeypatch.setattr(script, "open_image", lambda data: 1 / 0)
     assert check(tmp_path / "rows") is None
+
+
+# Folders and rows that mislead.
+
+
+def test_links_that_lead_back_are_walked_once(tmp_path):
+    """A link to a folder above it, or to one that was walked already, adds no picture; a link to elsewhere does."""
+    inside, elsewhere = tmp_path / "pictures", tmp_path / "elsewhere"
+    for file in (inside / "a.png", inside / "sub" / "b.png", elsewhere / "c.png"):
+        make_picture(file)
+        file.with_suffix(".txt").write_text(file.stem)
+    (inside / "self").symlink_to(inside)
+    (inside / "sub" / "up").symlink_to(inside)
+    (inside / "other").symlink_to(elsewhere)
+    assert sorted(captions_of(inside).values()) == [["a"], ["b"], ["c"]]
+
+
+def test_rows_for_the_same_picture_are_its_captions(tmp_path):
+    """Several rows of metadata for a picture are several captions to draw from, as some sets have them."""
+    make_picture(tmp_path / "a.png")
+    make_picture(tmp_path / "b.png")
+    rows = [("a.png", "one"), ("b.png", "other"), ("a.png", ["two", "three"]), ("a.png", None)]
+    write_metadata(tmp_path, *({"file_name": name, "text": text} for name, text in rows))
+    assert captions_of(tmp_path) == {"a.png": ["one", "two", "three"], "b.png": ["other"]}
+
+
+def test_a_parquet_folder_is_no_pattern(tmp_path):
+    """A folder whose name reads as a pattern is itself, and not another one that the pattern matches."""
+    for name, caption in (("data[12]", "mine"), ("data1", "not mine")):
+        (tmp_path / name).mkdir()
+        picture = {"bytes": make_picture(tmp_path / f"{caption}.png").read_bytes(), "path": None}
+        rows = datasets.Dataset.from_list([{"image": picture, "text": caption}])
+        rows.to_parquet(tmp_path / name / "rows.parquet")
+    records = script.read_records(parse(tmp_path / "data[12]"))
+    assert [record["captions"] for record in records] == [["mine"]]
