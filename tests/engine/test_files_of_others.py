@@ -1,6 +1,9 @@
 """Nothing of the user's is deleted or overwritten: the base, the pictures, files of other names."""
 
+import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers import make_pictures, run, state_of
@@ -69,3 +72,18 @@ def test_pictures_in_the_output_folder_are_not_overwritten(tiny_model, train, tm
     run(script, *flags[:2], "--pretrained_model_name_or_path", tiny_model, "--resolution", 16, "--max_train_steps", 1,
         "--train_batch_size", 1, "--report_to", "none", "--output_dir", tmp_path / "other")  # fmt: skip
     assert state_of(pictures) == before
+
+
+def test_two_writers_of_one_file(tmp_path, monkeypatch):
+    """Two runs that write the same cache entry at once, in containers with the same process number, both succeed."""
+    barrier, replace = threading.Barrier(2, timeout=20), os.replace
+
+    def at_once(source, target):
+        barrier.wait()
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", at_once)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda data: script.replace_file(tmp_path / "entry", data), (b"first", b"other")))
+    assert [file.name for file in tmp_path.iterdir()] == ["entry"]
+    assert (tmp_path / "entry").read_bytes() in (b"first", b"other")
