@@ -1,4 +1,4 @@
-"""Nothing of the user's is deleted or overwritten: the base, the pictures, files of other names."""
+"""What is the user's stays as it is: the base, the pictures, files of other names in the output folder."""
 
 import os
 import shutil
