@@ -372,11 +372,19 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DistributedDataParallelKwargs, gather_object, parse_flag_from_env, send_to_device
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DynamoBackend,
+    GradientAccumulationPlugin,
+    gather_object,
+    parse_flag_from_env,
+    send_to_device,
+)
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, EulerDiscreteScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import make_image_grid
+from filelock import FileLock, Timeout
 from huggingface_hub import ModelCardData, create_repo, upload_folder
 from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
@@ -647,6 +655,7 @@ def loading_code(run, models, name):
 
 SAMPLER_STEPS = 25  # of a validation picture
 SMALL_SET = 10_000  # latents, of 131 kB at 512 x 512, that --center_crop keeps even if this run meets each just once
+LARGE_SET = 1_000_000  # latents, and no more, are kept of crops at random
 PADDED = {"padding": "max_length", "truncation": True}  # UNets attend to the padding as well
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 # The families by their pipelines, with further arguments of from_pretrained.
@@ -959,7 +968,7 @@ def encode_batch(models, batch):
 def fill_cache(run, models, visits):
     """Runs the frozen encoders once for each input that this run will meet and that no cache entry holds yet.
 
-    visits: pairs of Samples and the keys that the run will take from them.
+    visits: Samples, the keys that the run will take from them, and how many these are.
     """
     frozen = [model for model in (*models.text_encoders, models.vae) if model not in models.trained]
     for model in frozen:
@@ -968,8 +977,8 @@ def fill_cache(run, models, visits):
         run.accelerator.print("cache      off")
         return
     jobs, models.idle, setting = {}, frozen, encoder_setting(run)
-    for samples, keys in visits:
-        crops, captions, worth_keeping = plan_cache(run, samples, keys, models.text_encoders[0] in frozen)
+    for samples, keys, count in visits:
+        crops, captions, worth_keeping = plan_cache(run, samples, keys, count, models.text_encoders[0] in frozen)
         if not worth_keeping:
             crops = set()
             models.idle = [model for model in frozen if model is not models.vae]
@@ -988,17 +997,34 @@ def fill_cache(run, models, visits):
     torch.cuda.empty_cache()
 
 
-def plan_cache(run, samples, keys, frozen_text):
-    """Returns the crops and captions that some keys will meet, and whether the crops' latents are worth keeping."""
-    crops, captions, met = set(), set(), 0
-    for key in tqdm(keys, "planning", delay=5, disable=not run.accelerator.is_main_process):
-        crops.add(samples.choose_crop(key))
+def plan_cache(run, samples, keys, count, frozen_text):
+    """Returns the crops and captions that some keys will meet, and whether the crops' latents are worth keeping.
+
+    It ends as soon as no further key can change the answer: a longer run takes neither more time nor more memory.
+    """
+    args, side = run.args, samples.resolution
+    all_captions = {caption for record in samples.records for caption in record["captions"]} if frozen_text else set()
+    if frozen_text and vars(args).get("proportion_empty_prompts"):
+        all_captions.add("")
+    number_of_crops = len(samples)
+    if not args.center_crop:
+        sizes = [samples.choose_crop((0, index)) for index in range(len(samples))]
+        number_of_crops = sum((crop.width - side + 1) * (crop.height - side + 1) for crop in sizes)
+    number_of_crops *= 2 if args.random_flip else 1
+    # An entry that is met less than twice, on average, costs more than it spares, unless the next run meets it again.
+    most = max(count // 2, SMALL_SET) if args.center_crop else min(count // 2, LARGE_SET)
+
+    crops, captions = set(), set()
+    for key in tqdm(keys, "planning", count, delay=5, disable=not run.accelerator.is_main_process):
+        crops_are_known = len(crops) == number_of_crops or len(crops) > most
+        if not crops_are_known:
+            crops.add(samples.choose_crop(key))
         if frozen_text:
             captions.add(choose_caption(samples, key))
-        met += 1
-    # An entry that is met less than twice, on average, costs more than it spares, unless the next run meets it again.
-    met_again = run.args.center_crop and len(crops) <= SMALL_SET
-    return crops, captions, met >= 2 * len(crops) or met_again
+        if run.stop.signum or (crops_are_known and len(captions) == len(all_captions)):
+            break
+    run.stop.exit_if_asked()
+    return crops, captions, len(crops) <= most
 
 
 def encoder_setting(run):
@@ -1029,14 +1055,27 @@ def encode_crop(models, samples, crop):
     return encode_pixels(models.vae, samples.pixels(crop)[None].to(models.vae.device))
 
 
+def tensors_digest(tensors):
+    """Names some tensors by their names, shapes and values."""
+    return digest(*(part for name in sorted(tensors) for part in (name, tensors[name].shape, tensors[name].numpy())))
+
+
+def entry_is_whole(file):
+    """Tells whether a cache entry is there and holds what was written."""
+    try:
+        with safe_open(file, "pt") as entry:
+            tensors = {name: entry.get_tensor(name) for name in entry.keys()}
+            return entry.metadata() == {"digest": tensors_digest(tensors)}
+    except (OSError, SafetensorError):  # there is none, or it is torn
+        return False
+
+
 @torch.no_grad()
 def fill_entry(file, encode, *inputs):
     """Computes a cache entry, unless it is there and whole."""
-    try:
-        load_file(file)
-    except (OSError, SafetensorError):  # there is none yet, or it is torn
-        tensors = encode(*inputs)
-        replace_file(file, save({name: tensor[0].cpu().contiguous() for name, tensor in tensors.items()}))
+    if not entry_is_whole(file):
+        tensors = {name: tensor[0].cpu().contiguous() for name, tensor in encode(*inputs).items()}
+        replace_file(file, save(tensors, {"digest": tensors_digest(tensors)}))
 
 
 def fill_entries(run, jobs):
@@ -1081,7 +1120,7 @@ def fill_entries(run, jobs):
 #   identity(run, models) -> dict
 #       what a run must have in common with the one that it resumes, beside what check_identity asks for [{}]
 #   fill_cache(run, models, visits)
-#       computes once what frozen models make of the visits, pairs of Samples and keys [None, or Stable Diffusion]
+#       computes once what frozen models make of the visits: Samples, keys, and how many [None, or Stable Diffusion]
 #   prepare_training(run, models) -> optimizer
 #       brings the models and their optimizer to the device
 #   compute_loss(models, batch, args) -> dict
@@ -1109,7 +1148,9 @@ PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".
 VALIDATION_DRAWS = 4  # noises and timesteps for each held-out picture
 STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1"} & {*dir(signal)}
 # What a run that is killed may have been writing: a checkpoint, or a file that replace_file was to put in place.
-TORN = r"\.checkpoint-\d+\.tmp|\.(README\.md|train_args\.yaml|metrics\.jsonl|[\w-]+\.safetensors)\.[0-9a-f]+\.tmp"
+TORN = (
+    r"\.checkpoint-\d+\.tmp|\.(README\.md|(train_args|state)\.\w+|metrics\.jsonl|[\w-]+\.safetensors)\.[0-9a-f]+\.tmp"
+)
 UNSAVED = {"config", "hub_token", "overwrite_output_dir", "resume_from_checkpoint"}
 
 
@@ -1196,31 +1237,39 @@ def execute(args, accelerator, stop):
     sizes = len(records), len(records_of_class)
     records = records + records_of_class
     plan_steps(run, sizes)
+    if on_main_process(run, has_ended, run):
+        if args.push_to_hub:
+            on_main_process(run, publish, args, repo_id)
+        return
 
     # Models.
     torch.manual_seed(run.seed % 2**64)  # for weights that start at random
     models = load_models(run)
     list_changes(run, settings)
-    check_identity(run, models, records)
+    check_identity(run, models, records, held_out_records)
     data = make_data(run, models, records, held_out_records, sizes)
-    on_main_process(run, prepare_folder, run, checkpoint)
-    together(start_trackers, run, checkpoint, on=True, folder=args.output_dir)
     print_header(run, models, data)
+    together(start_trackers, run, checkpoint, on=True, folder=args.output_dir)
 
     # What the frozen ones make of the data.
-    keys = (key for step in range(run.global_step, run.max_train_steps) for key in data.step_keys(step))
+    steps = range(run.global_step, run.max_train_steps)
+    keys = (key for step in steps for key in data.step_keys(step))
+    count = len(steps) * len(data.step_keys(0))
     twice = 2 * validation_keys(data.held_out)  # before and after, at least
-    fill_cache(run, models, [(data.samples, keys), (data.held_out, twice)])
+    fill_cache(run, models, [(data.samples, keys, count), (data.held_out, twice, len(twice))])
 
     # Training.
     optimizer = prepare_training(run, models)
     if checkpoint:
         load_checkpoint(run, models, optimizer, checkpoint)
+    on_main_process(run, prepare_folder, run, checkpoint)  # now that nothing else can be refused
     train(run, models, data, optimizer, make_lr_scheduler(run, optimizer))
 
     # What it leaves.
+    check_weights(run, models)
     on_main_process(run, save_result, run, models)
     on_main_process(run, write_model_card, run, models, repo_id)
+    on_main_process(run, write_state, run, Path(args.output_dir))  # last: has_ended takes it for the end
     code = loading_code(run, models, str(Path(args.output_dir).resolve()))
     accelerator.print(f"The result is in {args.output_dir}. To load it:\n\n{code}\n")
     stop.exit_if_asked()
@@ -1583,9 +1632,9 @@ def averaged_weights(models):
 def load_average(models, folder):
     """Reads a checkpoint's average of the weights, if there is one."""
     if models.ema_unet is not None:
-        saved = EMAModel.from_pretrained(folder / "unet_ema", type(models.pipeline.unet))
-        models.ema_unet.optimization_step = saved.optimization_step
-        for shadow, parameter in zip(models.ema_unet.shadow_params, saved.shadow_params):
+        saved = type(models.pipeline.unet).from_pretrained(folder / "unet_ema", use_safetensors=True)
+        models.ema_unet.optimization_step = saved.config.optimization_step
+        for shadow, parameter in zip(models.ema_unet.shadow_params, saved.parameters()):
             shadow.copy_(parameter)
 
 
@@ -1647,8 +1696,9 @@ def validation_pictures(run, models):
 
 def log_pictures(run, images):
     """Writes a row of pictures to samples/ and sends them to the trackers."""
-    grid = Path(run.args.output_dir, "samples", f"step-{run.global_step:06d}.png")
-    make_image_grid(images, 1, len(images)).save(grid)
+    png = io.BytesIO()
+    make_image_grid(images, 1, len(images)).save(png, "PNG")
+    replace_file(Path(run.args.output_dir, "samples", f"step-{run.global_step:06d}.png"), png.getvalue())
     for tracker in run.accelerator.trackers:
         if hasattr(tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -1745,6 +1795,14 @@ def ignore_signals(worker):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
+def failure(what, folder, error):
+    """Says what failed in which folder, and what is free there, as a full disk is the most frequent reason."""
+    existing = next(path for path in Path(folder, "_").absolute().parents if path.exists())
+    free = shutil.disk_usage(existing).free / 2**30
+    *_, reason = ["no reason is known", *str(error).strip().splitlines()]  # a loader puts a traceback before it
+    return f"{what} failed for {folder}, where {free:.2f} GiB are free: {reason}"
+
+
 def together(function, *arguments, on, folder):
     """Calls a function on the ranks where on is true; returns rank 0's result on every rank.
 
@@ -1761,9 +1819,7 @@ def together(function, *arguments, on, folder):
     except Exception as error:
         if not isinstance(error, (OSError, RuntimeError, SafetensorError)):  # all of which are said of a full disk
             traceback.print_exc()
-        existing = next(path for path in Path(folder, "_").absolute().parents if path.exists())
-        free = shutil.disk_usage(existing).free / 2**30
-        problem = f"{function.__name__} failed for {folder}, where {free:.2f} GiB are free: {error}"
+        problem = failure(function.__name__, folder, error)
     answers = gather_object([(result, problem)])
     if problems := [problem for _, problem in answers if problem is not None]:
         raise SystemExit(problems[0])
@@ -1779,8 +1835,18 @@ def on_main_process(run, function, *arguments):
 #
 # In one: the weights that are trained, as save_weights has them; unet_ema/, their average; accelerate's optimizer.bin
 # and, under fp16, its scaler's state; metrics.jsonl; state.json, the run's fields and settings; manifest.json, the
-# names and sizes of all that, written last. The schedule of the learning rate follows from optimizer_steps, and every
-# draw from its key, so neither is there.
+# names and checksums of all that, written last. The schedule of the learning rate follows from optimizer_steps, and
+# every draw from its key, so neither is there.
+
+
+def check_weights(run, models):
+    """Ends the run if a weight is not finite, so that none is saved; ranks have the same weights."""
+    average = models.ema_unet.shadow_params if models.ema_unet is not None else []
+    if not all(bool(weight.isfinite().all()) for weight in (*models.params_to_optimize, *average)):
+        raise SystemExit(
+            f"Step {run.global_step} made weights that are not finite, so they are not saved; "
+            "earlier checkpoints are good. Lower the learning rate."
+        )
 
 
 def write_checkpoint(run, models, folder):
@@ -1791,15 +1857,20 @@ def write_checkpoint(run, models, folder):
         if models.ema_unet is not None:
             models.ema_unet.save_pretrained(folder / "unet_ema")
         shutil.copy(Path(run.args.output_dir, run.args.logging_dir, "metrics.jsonl"), folder)
-        state = {
-            "global_step": run.global_step,
-            "optimizer_steps": run.optimizer_steps,
-            "seed": run.seed,
-            "tracker_id": run.tracker_id,
-            "identity": run.identity,
-            "settings": run.settings(),
-        }
-        (folder / "state.json").write_text(json.dumps(state))
+        write_state(run, folder)
+
+
+def write_state(run, folder):
+    """Writes state.json: what a run that goes on from here, or has ended here, must know."""
+    state = {
+        "global_step": run.global_step,
+        "optimizer_steps": run.optimizer_steps,
+        "seed": run.seed,
+        "tracker_id": run.tracker_id,
+        "identity": run.identity,
+        "settings": run.settings(),
+    }
+    replace_file(folder / "state.json", json.dumps(state).encode())
 
 
 def numbered_checkpoints(output_dir):
@@ -1808,13 +1879,30 @@ def numbered_checkpoints(output_dir):
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
+def checksum(file):
+    """Returns the CRC-32 of a file's bytes, which shows damage and is as fast as a disk."""
+    value = 0
+    with open(file, "rb") as data:
+        while chunk := data.read(2**24):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
 def is_whole(checkpoint):
-    """Tells whether all that a checkpoint's manifest names is there in full."""
+    """Tells whether all that a checkpoint's manifest names is there as it was written."""
     try:
-        sizes = json.loads((checkpoint / "manifest.json").read_text())
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
+        checksums = json.loads((checkpoint / "manifest.json").read_text())
+        return all(checksum(checkpoint / name) == value for name, value in checksums.items())
+    except (OSError, ValueError, AttributeError):  # a file is gone, or the manifest is no manifest
         return False
+
+
+def remove(path):
+    """Deletes a folder or a file, if it is there; of a link, the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def flush(*paths):
@@ -1829,21 +1917,21 @@ def seal_checkpoint(folder, target, limit):
     """Makes a written folder the checkpoint: manifest last, all on the disk, renamed; then prunes the older ones."""
     for pickled in folder.glob("random_states_*.pkl"):  # every draw is seeded by its step, so nothing reads these
         pickled.unlink()
-    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
-    (folder / "manifest.json").write_text(json.dumps(sizes))
+    checksums = {str(file.relative_to(folder)): checksum(file) for file in folder.rglob("*") if file.is_file()}
+    (folder / "manifest.json").write_text(json.dumps(checksums))
     flush(*folder.rglob("*"), folder)
-    if target.exists():  # torn since
-        shutil.rmtree(target)
+    remove(target)  # torn since
     os.replace(folder, target)
     flush(target.parent)
     checkpoints = numbered_checkpoints(target.parent)
     for path in checkpoints[: checkpoints.index(target) + 1][:-limit] if limit else []:
-        shutil.rmtree(path)
+        remove(path)
 
 
 def save_checkpoint(run, models):
     """Writes checkpoint-<global_step> beside its place and renames it, so that it is whole or not there."""
     output_dir, main_process = run.args.output_dir, run.accelerator.is_main_process
+    check_weights(run, models)
     target = Path(output_dir, f"checkpoint-{run.global_step}")
     folder = Path(output_dir, f".checkpoint-{run.global_step}.tmp")
     # DeepSpeed's ranks each hold a part of the optimizer's state; otherwise one has it all.
@@ -1873,7 +1961,8 @@ def find_checkpoint(args):
             if is_whole(path):
                 return path
             print(f"Passing over {path}: it is not whole.")
-        print(f"{args.output_dir} has no checkpoint to resume from: starting at step 0.")
+        if not Path(args.output_dir, "state.json").exists():  # else see has_ended
+            print(f"{args.output_dir} has no checkpoint to resume from: starting at step 0.")
     elif resume is not None:
         path = Path(resume) if Path(resume).is_dir() else Path(args.output_dir, resume)
         path = next((one for one in found if one.samefile(path)), path)
@@ -1885,6 +1974,31 @@ def find_checkpoint(args):
                 f"'latest' would mistake {later[-1]} for this run's; move it away or take another --output_dir."
             )
         return path
+
+
+def read_state(checkpoint):
+    """Returns what state.json says of a run."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    if state.keys() != {"global_step", "optimizer_steps", "seed", "tracker_id", "identity", "settings"}:
+        raise SystemExit(f"{checkpoint} is of another version of this script: go on with that, or start a new run.")
+    return state
+
+
+def has_ended(run):
+    """Tells whether the run that `latest` would go on with has ended, and as many steps are not asked for."""
+    output_dir = Path(run.args.output_dir)
+    if run.args.resume_from_checkpoint != "latest" or not (output_dir / "state.json").exists():
+        return False
+    taken = read_state(output_dir)["global_step"]
+    if taken >= run.max_train_steps:
+        print(f"The run in {output_dir} has ended after {taken} steps: there is none left to take.")
+        return True
+    if not run.global_step:
+        raise SystemExit(
+            f"The run in {output_dir} has ended after {taken} steps and left no checkpoint to go on from: "
+            "--checkpointing_steps would have. Start anew by --overwrite_output_dir, or take another --output_dir."
+        )
+    return False
 
 
 def draw_run_id():
@@ -1900,10 +2014,7 @@ def begin_run(args, accelerator, stop):
         tracker_id = together(draw_run_id, on=main_process, folder=output_dir)
         seed = int(tracker_id, 16) if args.seed is None else args.seed
         return Run(args, accelerator, stop, seed, tracker_id), None, {}
-    text = together((checkpoint / "state.json").read_text, on=main_process, folder=output_dir)
-    state = json.loads(text)
-    if "settings" not in state:
-        raise SystemExit(f"{checkpoint} is of an earlier version of this script: go on with that, or start a new run.")
+    state = together(read_state, checkpoint, on=main_process, folder=output_dir)
     settings = state.pop("settings")
     if args.seed not in (None, state["seed"]):
         raise SystemExit(f"{checkpoint} was trained with --seed {state['seed']}, so it cannot go on with {args.seed}.")
@@ -1911,12 +2022,13 @@ def begin_run(args, accelerator, stop):
     return Run(args, accelerator, stop, **state), checkpoint, settings
 
 
-def check_identity(run, models, records):
+def check_identity(run, models, records, held_out_records):
     """Refuses to go on with another script, base model or data set; notes what they are now."""
     now = {
         "script": Path(__file__).stem,
         **identity(run, models),
         "data set": digest([(record["digest"], record["captions"]) for record in records]),
+        "held-out pictures": digest([(record["digest"], record["captions"]) for record in held_out_records]),
         "prediction type": models.noise_scheduler.config.prediction_type,
         "noise schedule": digest(models.noise_scheduler.alphas_cumprod.numpy()),
         "--use_8bit_adam": run.args.use_8bit_adam,
@@ -2038,10 +2150,14 @@ def publish(args, repo_id):
 
 def make_accelerator(args):
     """Builds the Accelerator; refuses a launch whose processes do not know of each other."""
-    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        raise SystemExit("FSDP is not supported: launch on several GPUs without it, or with DeepSpeed.")
+    for name in ("FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise SystemExit(f"{name} is not supported: launch on several GPUs without it, or with DeepSpeed.")
+    if args.mixed_precision is None and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8":
+        raise SystemExit("The launcher asks for fp8, which is not supported: give --mixed_precision bf16, fp16 or no.")
     accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        # A number would give way to ACCELERATE_GRADIENT_ACCUMULATION_STEPS.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=Path(args.output_dir, args.logging_dir),
@@ -2132,14 +2248,15 @@ def make_data(run, models, records, held_out_records, sizes):
 
 def clear_folder(run):
     """Deletes what a killed run was writing, and what the run left that --overwrite_output_dir overwrites."""
-    output_dir, logging_dir = Path(run.args.output_dir), Path(run.args.output_dir, run.args.logging_dir)
-    for torn in [*output_dir.glob(".*.tmp"), *logging_dir.glob(".*.tmp")]:
-        if re.fullmatch(TORN, torn.name):
-            shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
+    output_dir = Path(run.args.output_dir)
+    for folder in (output_dir, output_dir / run.args.logging_dir, output_dir / "samples"):
+        for torn in folder.glob(".*.tmp"):
+            if re.fullmatch(TORN, torn.name):
+                remove(torn)
     if run.args.overwrite_output_dir and (output_dir / "train_args.yaml").exists():
         results = [path for pattern in PUBLISHED for path in output_dir.glob(pattern)]
         for path in numbered_checkpoints(output_dir) + results:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(path)
 
 
 def write_train_args(run):
@@ -2158,6 +2275,7 @@ def write_train_args(run):
 def prepare_folder(run, checkpoint):
     """Makes the output folder ready: nothing left of others, the metrics so far, train_args.yaml."""
     clear_folder(run)
+    remove(Path(run.args.output_dir, "state.json"))  # the run has not ended, or goes on
     Path(run.args.output_dir, "samples").mkdir(parents=True, exist_ok=True)
     metrics = (checkpoint / "metrics.jsonl").read_bytes() if checkpoint else b""
     replace_file(Path(run.args.output_dir, run.args.logging_dir, "metrics.jsonl"), metrics)
@@ -2167,6 +2285,7 @@ def prepare_folder(run, checkpoint):
 def start_trackers(run, checkpoint):
     """Starts the trackers, or goes on with those of the checkpoint's run."""
     args = run.args
+    Path(args.output_dir, args.logging_dir).mkdir(parents=True, exist_ok=True)
     if args.hub_token:  # wandb keeps the command line
         sys.argv = [argument.replace(args.hub_token, "***") for argument in sys.argv]
     config = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in run.settings().items()}
@@ -2184,32 +2303,73 @@ def print_header(run, models, data):
     free = shutil.disk_usage(args.output_dir).free / 2**30
     batch = f"{args.train_batch_size} x {accelerator.num_processes} processes x {args.gradient_accumulation_steps}"
     pictures = f"{len(data.samples)} to train on, {len(data.held_out)} held out"
+    backend = accelerator.state.dynamo_plugin.backend  # as the launcher is configured
+    compiled = "" if backend == DynamoBackend.NO else f", compiled by {backend.value.lower()}"
     accelerator.print(
         f"pictures   {pictures}, {run.resolution} x {run.resolution}\n"
         f"batch      {run.total_batch_size} = {batch} accumulated\n"
         f"steps      {run.max_train_steps}, of which {run.global_step} are done; seed {run.seed}\n"
-        f"device     {accelerator.device}, precision {accelerator.mixed_precision}\n"
+        f"device     {accelerator.device}, precision {accelerator.mixed_precision}{compiled}\n"
         f"disk       {needed:.2f} GiB a checkpoint, {free:.1f} GiB free"
     )
     if args.checkpointing_steps and needed > free:
         raise SystemExit(f"A checkpoint needs {needed:.2f} GiB, and {args.output_dir} has {free:.2f} GiB free.")
 
 
+class Output:
+    """A stream whose failures are passed over: a run outlives its terminal, its pipe and the disk under its log."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        stream.reconfigure(errors="backslashreplace")  # for what its encoding lacks
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        """Writes what can be written."""
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        """Flushes what can be flushed."""
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
+def take_folder(lock, output_dir):
+    """Makes the output folder, and keeps other runs out of it until this process ends, however it ends."""
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise SystemExit(f"Another run is at work in {output_dir}: let it end, stop it, or take another --output_dir.")
+
+
 def main(args):
     """Trains as the arguments say; exits with 128 + signal when told to stop."""
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     accelerator = make_accelerator(args)
+    lock = FileLock(Path(args.output_dir, ".lock"))
     end = None
     try:
+        together(take_folder, lock, args.output_dir, on=accelerator.is_main_process, folder=args.output_dir)
         execute(args, accelerator, StopFlag())
     except SystemExit as caught:  # every rank ends so, and one says why
         end = SystemExit(caught.code if accelerator.is_main_process or isinstance(caught.code, int) else 1)
-    except BaseException:
+    except BaseException as error:
         for worker in multiprocessing.active_children():  # loaders, which ignore what asks them to end
             worker.kill()
+        loader_died = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+        if loader_died or isinstance(error, (OSError, SafetensorError)):  # a full disk, a file that is gone
+            raise SystemExit(failure("The run", args.output_dir, error))
         raise
+    finally:
+        lock.release()
     if accelerator.num_processes > 1:
         time.sleep(0.1)  # gloo's thread needs the interpreter to drop its last work, and ending would hold that
     accelerator.end_training()
