@@ -584,7 +584,7 @@ from accelerate.utils import (
 )
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, EulerDiscreteScheduler
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel, compute_snr
+from diffusers.training_utils import compute_snr
 from diffusers.utils import make_image_grid
 from filelock import FileLock, Timeout
 from huggingface_hub import ModelCardData, create_repo, upload_folder
@@ -1519,9 +1519,10 @@ def train(run, models, data, optimizer, lr_scheduler):
     progress_bar.close()
 
 
-def execute(args, accelerator, stop):
+def execute(args, accelerator, stop, lock):
     """The stages of a run, from the flags to what it leaves."""
     run, checkpoint, settings = begin_run(args, accelerator, stop)
+    on_main_process(run, take_folder, args.output_dir, lock)
     repo_id = Path(args.output_dir).resolve().name
     if args.push_to_hub:
         repo_id = on_main_process(run, open_repository, args)
@@ -2274,8 +2275,12 @@ def find_checkpoint(args):
 
 def read_state(checkpoint):
     """Returns what state.json says of a run."""
-    state = json.loads((checkpoint / "state.json").read_text())
-    if state.keys() != {"global_step", "optimizer_steps", "seed", "tracker_id", "identity", "settings"}:
+    names = {"global_step", "optimizer_steps", "seed", "tracker_id", "identity", "settings"}
+    try:
+        state = json.loads((checkpoint / "state.json").read_text())
+    except ValueError:
+        state = None
+    if not isinstance(state, dict) or state.keys() != names:
         raise SystemExit(f"{checkpoint} is of another version of this script: go on with that, or start a new run.")
     return state
 
@@ -2324,7 +2329,7 @@ def check_identity(run, models, records, held_out_records):
         "script": Path(__file__).stem,
         **identity(run, models),
         "data set": digest([(record["digest"], record["captions"]) for record in records]),
-        "held-out pictures": digest([(record["digest"], record["captions"]) for record in held_out_records]),
+        "held-out data": digest([(record["digest"], record["captions"]) for record in held_out_records]),
         "prediction type": models.noise_scheduler.config.prediction_type,
         "noise schedule": digest(models.noise_scheduler.alphas_cumprod.numpy()),
         "--use_8bit_adam": run.args.use_8bit_adam,
@@ -2634,7 +2639,7 @@ class Output:
             self.stream.flush()
 
 
-def take_folder(lock, output_dir):
+def take_folder(output_dir, lock):
     """Makes the output folder, and keeps other runs out of it until this process ends, however it ends."""
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     try:
@@ -2653,8 +2658,7 @@ def main(args):
     lock = FileLock(Path(args.output_dir, ".lock"))
     end = None
     try:
-        together(take_folder, lock, args.output_dir, on=accelerator.is_main_process, folder=args.output_dir)
-        execute(args, accelerator, StopFlag())
+        execute(args, accelerator, StopFlag(), lock)
     except SystemExit as caught:  # every rank ends so, and one says why
         end = SystemExit(caught.code if accelerator.is_main_process or isinstance(caught.code, int) else 1)
     except BaseException as error:

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -207,9 +208,11 @@ def run(script, *flags) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    streams = sys.stdout, sys.stderr
     try:
         script.main(script.parse_args([str(flag) for flag in flags]))
     finally:
+        sys.stdout, sys.stderr = streams
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
@@ -406,13 +409,12 @@ def litter(folder):
 
 
 def is_whole(checkpoint):
-    """Whether the sizes in a checkpoint's manifest are those of its files, all of them."""
+    """Whether the checksums in a checkpoint's manifest are those of its files, all of them."""
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
     except (OSError, ValueError):
         return False
-    files = {str(p.relative_to(checkpoint)): p.stat().st_size for p in checkpoint.rglob("*") if p.is_file()}
-    del files["manifest.json"]
+    files = {name: zlib.crc32(data) for name, data in files_in(checkpoint).items() if name != "manifest.json"}
     return manifest == files and len(files) >= 4
 
 

@@ -4,20 +4,25 @@ import json
 import os
 import re
 import shutil
+import sys
+import zlib
 
 import pytest
+import torch
 from diffusers import UNet2DConditionModel
 from helpers import (
     RANDOM,
     assert_equal,
     count_calls,
     everything,
+    files_in,
     litter,
     logged,
     losses,
     metrics,
     run,
     same,
+    state_of,
     watch,
     weights,
     whole_checkpoints,
@@ -57,18 +62,42 @@ def test_resuming_is_exact_at_every_step(train, dropout_model, five_pictures, wi
         assert same(weights(resumed / "unet"), weights(whole / "unet")), f"resumed at step {step}"
 
 
-def test_resuming_a_finished_run(train, monkeypatch):
-    """A run that is resumed after its end takes no step, or those after its last checkpoint."""
-    for name, steps, every, tail in (("at-end", 4, 2, 0), ("later", 5, 2, 1)):
-        flags = (*RANDOM, "--max_train_steps", steps, "--checkpointing_steps", every)
-        out = train(name, *flags)
-        before, rows = weights(out / "unet"), logged(out)
-        batches = watch(monkeypatch, script).batches
-        train(name, *flags, "--resume_from_checkpoint", "latest")
-        assert len(batches) == tail
-        assert same(weights(out / "unet"), before) and logged(out) == rows
-        assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
-        monkeypatch.undo()
+LATEST = ("--resume_from_checkpoint", "latest")
+
+
+@pytest.mark.parametrize("steps, every", [(4, 2), (5, 2), (3, 500), (3, 0)])
+def test_the_same_command_after_the_end(train, monkeypatch, capsys, steps, every):
+    """A run that has ended takes no step again, with or without checkpoints, and says so."""
+    flags = (*RANDOM, "--max_train_steps", steps, "--checkpointing_steps", every, *LATEST)
+    out = train("out", *flags)
+    before, watched = state_of(out), watch(monkeypatch, script)
+    capsys.readouterr()
+    train("out", *flags)
+    assert f"{out} has ended after {steps} steps: there is none left to take." in capsys.readouterr().out
+    assert watched.models is None and state_of(out) == before
+
+
+def test_more_steps_after_the_end(train, capsys):
+    """More steps than the run had go on from its last checkpoint, or are refused if it left none."""
+    whole = train("whole", *RANDOM, "--max_train_steps", 7)
+    out = train("out", *RANDOM, "--max_train_steps", 5, "--checkpointing_steps", 2)
+    train("out", *RANDOM, "--max_train_steps", 7, *LATEST)
+    assert same(weights(out / "unet"), weights(whole / "unet")) and logged(out) == logged(whole)
+    before = state_of(whole)
+    with pytest.raises(SystemExit, match="has ended after 7 steps and left no checkpoint to go on from"):
+        train("whole", *RANDOM, "--max_train_steps", 8, *LATEST)
+    assert state_of(whole) == before
+    assert "starting at step 0" not in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_has_not_ended(train, monkeypatch):
+    """The mark of an earlier end is gone while further steps are taken."""
+    out = train("out", "--max_train_steps", 2, "--checkpointing_steps", 2)
+    assert (out / "state.json").exists()
+    monkeypatch.setattr(script, "save_result", lambda run, models: sys.exit("killed"))
+    with pytest.raises(SystemExit, match="killed"):
+        train("out", "--max_train_steps", 4, *LATEST)
+    assert not (out / "state.json").exists()
 
 
 def test_resuming_prepares_no_picture_that_it_skips(train, monkeypatch):
@@ -76,8 +105,8 @@ def test_resuming_prepares_no_picture_that_it_skips(train, monkeypatch):
     flags = ("--no_encoding_cache", "--max_train_steps", 5, "--checkpointing_steps", 4)
     train("out", *flags)
     prepared = count_calls(monkeypatch, script.Samples, "pixels")
-    train("out", *flags, "--resume_from_checkpoint", "latest")
-    assert len(prepared) == 2  # one batch
+    train("out", *flags, "--max_train_steps", 6, *LATEST)
+    assert len(prepared) == 4  # two batches
 
 
 # From which checkpoint.
@@ -106,8 +135,10 @@ def trained(command, tmp_path_factory):
 
 @pytest.fixture
 def out(trained, tmp_path):
-    """A copy of it."""
-    return shutil.copytree(trained, tmp_path / "out")
+    """A copy of it, as if the run had been killed at its end."""
+    return shutil.copytree(
+        trained, tmp_path / "out", ignore=lambda folder, names: {"state.json"} if folder == str(trained) else {}
+    )
 
 
 RESUME = ("--checkpointing_steps", 1, "--resume_from_checkpoint")
@@ -119,11 +150,22 @@ def cut(checkpoint):
         file.truncate(file.seek(0, os.SEEK_END) - 1)
 
 
+def damage(file, place=-8):
+    """Changes a byte of a file, whose size and time stay."""
+    data, times = bytearray(file.read_bytes()), file.stat()
+    data[place] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
 TEARS = {
     "cut": cut,
+    "a byte of the weights": lambda checkpoint: damage(checkpoint / "unet" / "diffusion_pytorch_model.safetensors"),
+    "a byte of the optimizer": lambda checkpoint: damage(checkpoint / "optimizer.bin", 5000),
     "empty": lambda checkpoint: (checkpoint / "state.json").write_bytes(b""),
     "no manifest": lambda checkpoint: (checkpoint / "manifest.json").unlink(),
     "torn manifest": lambda checkpoint: (checkpoint / "manifest.json").write_text('{"state.json": 1'),
+    "a manifest that is a list": lambda checkpoint: (checkpoint / "manifest.json").write_text("[1]"),
     "no averages": lambda checkpoint: shutil.rmtree(checkpoint / "unet_ema"),
 }
 
@@ -241,6 +283,17 @@ def test_another_run_is_not_resumed(command, refused, out, pictures, tiny_model,
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
+def test_another_held_out_caption_is_not_resumed(command, refused, pictures, tmp_path):
+    """The held-out loss of one run is measured on the same captions from its first step to its last."""
+    data = shutil.copytree(pictures, tmp_path / "pictures")
+    flags = ("--train_data_dir", data, "--validation_samples", 1, "--checkpointing_steps", 1)
+    run(script, *command(tmp_path / "out", *flags, "--max_train_steps", 1))
+    captions = (data / "metadata.jsonl").read_text()
+    (data / "metadata.jsonl").write_text(captions.replace('circle 1"', 'disc 1"'))  # of the first, which is held out
+    said = refused(*command(tmp_path / "out", *flags, "--max_train_steps", 2, *LATEST))
+    assert "another held-out data" in said
+
+
 def test_a_base_that_predicts_something_else_is_not_resumed(command, refused, out, tiny_v_model):
     """The same weights with a scheduler for v are another base model: the loss would be another one."""
     flags = command(out, "--max_train_steps", 4, *RESUME, "latest")
@@ -289,10 +342,7 @@ def test_what_the_run_worked_out_is_compared_too(command, out, capsys):
     shutil.rmtree(out / "checkpoint-3")
     state = json.loads((out / "checkpoint-2" / "state.json").read_text())
     state["settings"]["num_processes"] = 4
-    text = json.dumps(state)
-    (out / "checkpoint-2" / "state.json").write_text(text)
-    manifest = json.loads((out / "checkpoint-2" / "manifest.json").read_text())
-    (out / "checkpoint-2" / "manifest.json").write_text(json.dumps(manifest | {"state.json": len(text)}))
+    write_state(out / "checkpoint-2", json.dumps(state))
     run(script, *command(out, *RESUME, "checkpoint-2", "--num_train_epochs", 2))
     said = capsys.readouterr().out
     listed = set(re.findall(r"--(\w+) was (\S+) and is now (\S+)", said))
@@ -300,13 +350,68 @@ def test_what_the_run_worked_out_is_compared_too(command, out, capsys):
     assert ("num_processes", "4", "1") in listed
 
 
-def test_an_older_scripts_checkpoint_is_refused(command, refused, out):
-    """A checkpoint without the settings that this script compares is refused in a sentence."""
-    folder = out / "checkpoint-3"
-    state = json.loads((folder / "state.json").read_text())
-    state["args"] = state.pop("settings")
-    text = json.dumps(state)
-    (folder / "state.json").write_text(text)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"state.json": len(text)}))
-    assert "earlier version" in refused(*command(out, *RESUME, "latest"))
+@pytest.mark.parametrize("text", ['{"global_step": 3, "args": {}}', "[]", "{", "null"])
+def test_a_checkpoint_of_another_version_is_refused(text, command, refused, out):
+    """A checkpoint whose state this script cannot read is refused in a sentence."""
+    write_state(out / "checkpoint-3", text)
+    assert "is of another version of this script" in refused(*command(out, *RESUME, "latest"))
+
+
+@pytest.mark.parametrize("folder", ["unet", "unet_ema"])
+def test_pickled_weights_are_not_read(folder, command, refused, out):
+    """Only safetensors are: a checkpoint's .bin in their place is refused."""
+    file = out / "checkpoint-3" / folder / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    seal(out / "checkpoint-3")
+    said = refused(*command(out, "--max_train_steps", 4, *RESUME, "latest"))
+    assert "diffusion_pytorch_model.safetensors" in said and "Traceback" not in said
+
+
+def write_state(checkpoint, text):
+    """Puts another state.json into a checkpoint, which stays whole."""
+    (checkpoint / "state.json").write_text(text)
+    seal(checkpoint)
+
+
+def seal(checkpoint):
+    """Writes a checkpoint's manifest anew."""
+    contents = {name: data for name, data in files_in(checkpoint).items() if name != "manifest.json"}
+    manifest = {name: zlib.crc32(data) for name, data in contents.items()}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+# What is not saved.
+
+
+@pytest.mark.parametrize("flags", [(), ("--checkpointing_steps", 2), ("--use_ema",)])
+def test_weights_that_are_not_finite_are_not_saved(flags, train, tmp_path):
+    """A learning rate that makes them infinite in the last step ends the run, without checkpoint and result."""
+    with pytest.raises(SystemExit, match="Step 2 made weights that are not finite"):
+        train(
+            "out",
+            *flags,
+            "--max_train_steps",
+            2,
+            "--lr_scheduler",
+            "linear",
+            "--lr_warmup_steps",
+            1,
+            "--learning_rate",
+            1e38,
+        )
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {".lock", "logs", "samples", "train_args.yaml"}
+
+
+# Checkpoints that lie elsewhere.
+
+
+def test_a_linked_checkpoint_is_pruned_as_a_link(train, tmp_path):
+    """A checkpoint that was moved to another disk does not end the run; the link goes, what it names stays."""
+    out = train("out", "--max_train_steps", 1, "--checkpointing_steps", 1)
+    shutil.move(out / "checkpoint-1", tmp_path / "moved")
+    (out / "checkpoint-1").symlink_to(tmp_path / "moved")
+    train("out", "--max_train_steps", 2, "--checkpointing_steps", 1, "--checkpoints_total_limit", 1, *LATEST)
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert whole_checkpoints(out) == [2] and (tmp_path / "moved" / "state.json").exists()
