@@ -803,7 +803,7 @@ def train(run, models, data, optimizer, lr_scheduler):
 def execute(args, accelerator, stop, lock):
     """The stages of a run, from the flags to what it leaves."""
     run, checkpoint, settings = begin_run(args, accelerator, stop)
-    on_main_process(run, take_folder, args.output_dir, lock)
+    on_main_process(run, take_folder, args, lock)
     repo_id = Path(args.output_dir).resolve().name
     if args.push_to_hub:
         repo_id = on_main_process(run, open_repository, args)
@@ -1867,7 +1867,6 @@ def prepare_folder(run, checkpoint):
 def start_trackers(run, checkpoint):
     """Starts the trackers, or goes on with those of the checkpoint's run."""
     args = run.args
-    Path(args.output_dir, args.logging_dir).mkdir(parents=True, exist_ok=True)
     if args.hub_token:  # wandb keeps the command line
         sys.argv = [argument.replace(args.hub_token, "***") for argument in sys.argv]
     config = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in run.settings().items()}
@@ -1902,8 +1901,8 @@ class Output:
     """A stream whose failures are passed over: a run outlives its terminal, its pipe and the disk under its log."""
 
     def __init__(self, stream):
-        self.stream = stream
-        stream.reconfigure(errors="backslashreplace")  # for what its encoding lacks
+        self.stream = stream or open(os.devnull, "w")  # it may have been closed from the start
+        self.stream.reconfigure(errors="backslashreplace")  # for what its encoding lacks
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -1920,9 +1919,10 @@ class Output:
             self.stream.flush()
 
 
-def take_folder(output_dir, lock):
+def take_folder(args, lock):
     """Makes the output folder, and keeps other runs out of it until this process ends, however it ends."""
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    output_dir = args.output_dir
+    Path(output_dir, args.logging_dir).mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire(timeout=0)
     except Timeout:

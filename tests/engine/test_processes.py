@@ -126,9 +126,39 @@ def test_processes_that_do_not_know_of_each_other_are_refused(start, command, tm
     assert not (tmp_path / "out").exists()
 
 
+# What a launcher's configuration may change.
+
+
 @pytest.mark.launch
-def test_fsdp_is_refused(start, command, tmp_path):
-    """A launcher's FSDP, under which a save by one rank waits for ever, is refused before anything loads."""
-    process = start(command(tmp_path / "out"), environment={"ACCELERATE_USE_FSDP": "true"})
-    assert process.wait() == 1 and "FSDP is not supported" in process.output()
+@pytest.mark.parametrize("name", ["FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_other_kinds_of_parallelism_are_refused(name, start, command, tmp_path):
+    """A launcher's FSDP, under which a save by one rank waits for ever, and its like are refused at the start."""
+    process = start(command(tmp_path / "out"), environment={f"ACCELERATE_USE_{name}": "true"})
+    assert process.wait() == 1 and f"{name} is not supported" in process.output()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.launch
+def test_a_launchers_fp8_is_refused(start, command, tmp_path):
+    """It is told how to ask for another precision, and a flag wins."""
+    fp8 = {"ACCELERATE_MIXED_PRECISION": "fp8"}
+    process = start(command(tmp_path / "out"), environment=fp8)
+    assert process.wait() == 1 and "--mixed_precision bf16" in process.output()
+    process = start(command(tmp_path / "out", "--mixed_precision", "no", "--max_train_steps", 1), environment=fp8)
+    assert process.wait() == 0 and "precision no" in process.output()
+
+
+@pytest.mark.parametrize("flag, launchers", [(2, "1"), (1, "2")])
+def test_the_flag_for_accumulation_wins(flag, launchers, train, monkeypatch):
+    """The launcher's number of accumulated passes neither changes the weights nor the header's sentence."""
+    flags = ("--gradient_accumulation_steps", flag, "--max_train_steps", 3)
+    plain = weights(train("plain", *flags) / "unet")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", launchers)
+    assert same(weights(train("out", *flags) / "unet"), plain)
+
+
+def test_a_launchers_compiler_is_named(train, monkeypatch, capsys):
+    """What torch.compile is given stands in the header."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    train("out", "--max_train_steps", 1)
+    assert "precision no, compiled by eager" in capsys.readouterr().out

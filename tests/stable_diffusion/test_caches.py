@@ -3,20 +3,24 @@
 import os
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from helpers import (
     CACHED,
+    ENDLESS,
     changed,
     count_calls,
+    finish,
     flags_of,
     for_each_family,
     litter,
     load,
     make_picture,
     metrics,
+    rows,
     run,
     same,
     samples_of,
@@ -24,6 +28,7 @@ from helpers import (
     state_of,
     weights,
 )
+from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
 import train_text_to_image as script
@@ -224,6 +229,33 @@ def test_torn_cache_entries_are_computed_anew(command, tmp_path):
     assert litter(cache) == []
 
 
+def test_damaged_entries_are_computed_anew(train, tmp_path):
+    """An entry of the right size in which a bit has changed is seen by its digest, and gives no other loss."""
+    cache = tmp_path / "cache"
+    flags = (*CACHED, "--encoding_cache_dir", cache)
+    wanted = weights(train("first", *flags) / "unet")
+    entries = {file: file.read_bytes() for part in ("latents", "prompts") for file in (cache / part).iterdir()}
+    for file, data in entries.items():
+        file.write_bytes(data[:-2] + bytes([data[-2] ^ 64]) + data[-1:])
+        load_file(file)
+    assert same(weights(train("second", *flags) / "unet"), wanted)
+    assert {file: file.read_bytes() for file in entries} == entries
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_cache_that_is_removed(workers, start, command, tmp_path):
+    """A run whose cache goes away ends in a sentence that names the entry, and goes on when told to."""
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    flags = ("--encoding_cache_dir", cache, "--dataloader_num_workers", workers, "--checkpointing_steps", 1)
+    process = start(command(out, *ENDLESS, *flags))
+    process.until(lambda: rows(out) >= 2)
+    shutil.rmtree(cache)
+    assert process.wait(30) == 1, process.output()
+    said = process.output()
+    assert f"The run failed for {out}" in said and f"{cache}/" in said and "Traceback" not in said
+    finish(start, command(out, *flags, "--max_train_steps", 2, "--resume_from_checkpoint", "latest"))
+
+
 def test_encoders_take_one_input_at_a_time(tiny_model, monkeypatch):
     """Latents and embeddings are the same bits whatever else is in the call."""
     models = load(tiny_model)
@@ -242,6 +274,59 @@ def test_encoders_take_one_input_at_a_time(tiny_model, monkeypatch):
             assert torch.equal(alone["encoder_hidden_states"][0], texts["encoder_hidden_states"][i])
         wanted = pipeline.encode_prompt(prompts[1], "cpu", 1, False)[0]
     torch.testing.assert_close(texts["encoder_hidden_states"][1:2], wanted)
+
+
+# Planning.
+
+
+@pytest.fixture
+def plan(wide_pictures):
+    """plan(count, *flags) plans a run of so many samples: crops, captions, whether to keep the crops, keys taken."""
+
+    def of(count, *flags, signum=0):
+        samples = samples_of(wide_pictures, "--resolution", 32, *flags, twice=True)
+        taken = []
+
+        def keys():
+            for place in range(count):
+                taken.append(place)
+                yield divmod(place, 5)
+
+        def exit_if_asked():
+            if signum:
+                raise SystemExit(128 + signum)
+
+        stop = SimpleNamespace(signum=signum, exit_if_asked=exit_if_asked)
+        accelerator = SimpleNamespace(is_main_process=False)
+        run = SimpleNamespace(args=samples.args, stop=stop, accelerator=accelerator)
+        return *script.plan_cache(run, samples, keys(), count, True), taken
+
+    return of
+
+
+@pytest.mark.parametrize("count", [10**4, 10**12])
+def test_planning_ends_once_the_answer_is_certain(plan, monkeypatch, count):
+    """All crops and captions of a long run are known after a few passes, whatever its length."""
+    fixed, captions, worth, taken = plan(count, "--center_crop", "--random_flip")
+    assert (len(fixed), len(captions), worth) == (10, 10, True) and len(taken) < 500
+    crops, captions, worth, taken = plan(count, "--random_flip", "--proportion_empty_prompts", 0.1)
+    assert (len(crops), len(captions), worth) == (5 * 17 * 2, 11, True) and len(taken) < 5000
+    monkeypatch.setattr(script, "LARGE_SET", 100)
+    crops, captions, worth, taken = plan(count, "--random_flip")
+    assert (len(crops), len(captions), worth) == (101, 10, False) and len(taken) < 500
+
+
+def test_planning_counts_a_short_run_whole(plan):
+    """What is met less than twice is not kept, unless it is of a small set that does not change."""
+    assert plan(20)[2] is False and len(plan(200)[0]) == 5 * 17
+    assert plan(4, "--center_crop")[2] is True and len(plan(4, "--center_crop")[0]) == 4
+
+
+def test_planning_answers_signals(plan):
+    """It ends at the key at hand."""
+    with pytest.raises(SystemExit) as end:
+        plan(10**12, "--random_flip", signum=15)
+    assert end.value.code == 143
 
 
 # Work that is done once.
