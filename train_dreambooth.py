@@ -2393,6 +2393,8 @@ def main(args):
     except SystemExit as caught:  # every rank ends so, and one says why
         end = SystemExit(caught.code if accelerator.is_main_process or isinstance(caught.code, int) else 1)
     except BaseException as error:
+        if hasattr(signal, "SIGCHLD"):  # which the loader takes for another error
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in multiprocessing.active_children():  # loaders, which ignore what asks them to end
             worker.kill()
         loader_died = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import ENDLESS, assert_equal, files_in, linux, litter, metrics, start_ranks, whole_checkpoints
+from helpers import ENDLESS, assert_equal, files_in, linux, litter, metrics, rows, start_ranks, whole_checkpoints
 from safetensors.torch import load_file
 
 import train_text_to_image as script
@@ -103,15 +103,27 @@ def test_a_full_disk_on_two_ranks(start, command, small_disk, checkpoint_mib, tm
 
 
 @pytest.mark.launch
-def test_a_disk_that_something_else_fills(start, command, small_disk):
-    """Where no row can be logged any more, the run ends in one sentence too."""
+@pytest.mark.parametrize("every", [3, 0])
+def test_a_disk_that_something_else_fills(every, start, command, small_disk):
+    """Where no row can be logged any more, the run ends in one sentence too, whether it writes checkpoints or not."""
     disk = small_disk(100)
     out = disk.here / "out"
-    process = start(command(disk.there / "out", "--max_train_steps", 2000, "--checkpointing_steps", 3), **disk.options)
-    process.until(lambda: whole_checkpoints(out) == [3])
+    steps = ("--max_train_steps", 2000, "--checkpointing_steps", every)
+    process = start(command(disk.there / "out", *steps), **disk.options)
+    process.until(lambda: rows(out) >= 3 and whole_checkpoints(out) == ([3] if every else []))
     disk.leave(0)
     assert_says_so(process, disk.there / "out")
-    assert whole_checkpoints(out) == [3]
+    assert whole_checkpoints(out) == ([3] if every else [])
+
+
+@pytest.mark.launch
+def test_a_full_disk_under_the_samples(start, command, tmp_path):
+    """A row of pictures that does not fit ends the run in one sentence, and leaves no part of a picture."""
+    out = tmp_path / "out"
+    flags = command(out, "--max_train_steps", 2, "--validation_prompts", "a circle")
+    process = start(flags, watched=out, trigger=(r"open .*/samples/", 1, ("limit", 4000)))
+    assert_says_so(process, out)
+    assert litter(out) == [] and list((out / "samples").iterdir()) == []
 
 
 @pytest.mark.launch

@@ -4,6 +4,7 @@ import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from helpers import make_pictures, run, state_of
@@ -72,6 +73,28 @@ def test_pictures_in_the_output_folder_are_not_overwritten(tiny_model, train, tm
     run(script, *flags[:2], "--pretrained_model_name_or_path", tiny_model, "--resolution", 16, "--max_train_steps", 1,
         "--train_batch_size", 1, "--report_to", "none", "--output_dir", tmp_path / "other")  # fmt: skip
     assert state_of(pictures) == before
+
+
+@pytest.mark.parametrize("refused", ["disk", "base", "data"])
+def test_a_refused_run_overwrites_nothing(refused, train, tiny_model, tmp_path, monkeypatch):
+    """What --overwrite_output_dir deletes stays until nothing is left that may refuse the run."""
+    out = train("out", "--checkpointing_steps", 2)
+    flags, base = ["--overwrite_output_dir", "--checkpointing_steps", 2], tiny_model
+    if refused == "disk":
+        full = SimpleNamespace(total=10, used=10, free=0)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    if refused == "base":
+        base = shutil.copytree(tiny_model, tmp_path / "base")
+        (base / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"torn")
+    if refused == "data":
+        flags += ["--validation_samples", 6]
+    before = state_of(out)
+    del before[".lock"]
+    with pytest.raises(SystemExit):
+        train("out", *flags, base=base)
+    after = state_of(out)
+    del after[".lock"]
+    assert after == before
 
 
 def test_two_writers_of_one_file(tmp_path, monkeypatch):

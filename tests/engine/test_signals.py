@@ -181,6 +181,18 @@ def test_a_crash_does_not_wait_for_the_loader(start, command, pictures, tmp_path
     assert "No such file" in process.output()
 
 
+@pytest.mark.launch
+def test_a_loader_process_that_is_killed(start, command, tmp_path):
+    """As by a machine that is out of memory: the run ends in a sentence."""
+    process = start(command(tmp_path / "out", *ENDLESS, "--dataloader_num_workers", 2))
+    process.until(lambda: rows(tmp_path / "out") >= 2)
+    psutil.Process(process.pid).children()[0].kill()
+    assert process.wait(20) == 1, process.output()
+    said = process.output()
+    assert f"The run failed for {tmp_path / 'out'}" in said and "is killed by signal" in said
+    assert "Traceback" not in said
+
+
 # Outside of training.
 
 

@@ -318,7 +318,7 @@ def test_planning_ends_once_the_answer_is_certain(plan, monkeypatch, count):
 
 def test_planning_counts_a_short_run_whole(plan):
     """What is met less than twice is not kept, unless it is of a small set that does not change."""
-    assert plan(20)[2] is False and len(plan(200)[0]) == 5 * 17
+    assert plan(20)[2] is False and len(plan(2000)[0]) == 5 * 17
     assert plan(4, "--center_crop")[2] is True and len(plan(4, "--center_crop")[0]) == 4
 
 
