@@ -954,8 +954,11 @@ class Samples(torch.utils.data.Dataset):
     def pixels(self, crop):
         """Resizes, crops and flips a picture to float32 in [-1, 1], shape (3, resolution, resolution)."""
         resample = Image.Resampling[self.args.image_interpolation_mode.removesuffix("_exact").upper()]
-        image = open_image(read_bytes(self.records[crop.index])).resize((crop.width, crop.height), resample)
-        image = image.crop((crop.left, crop.top, crop.left + self.resolution, crop.top + self.resolution))
+        image, side = open_image(read_bytes(self.records[crop.index])), self.resolution
+        left, right = (x * image.width / crop.width for x in (crop.left, crop.left + side))
+        top, bottom = (y * image.height / crop.height for y in (crop.top, crop.top + side))
+        # The crop alone: 4000 x 1 pixels as a whole would take 4 GiB.
+        image = image.resize((side, side), resample, (left, top, right, bottom))
         image = np.array(ImageOps.mirror(image) if crop.flip else image, dtype=np.float32).clip(0, 255)
         image = image if image.ndim == 3 else np.stack([image] * 3, axis=-1)
         return torch.from_numpy(image).permute(2, 0, 1).contiguous() / 127.5 - 1
