@@ -235,7 +235,7 @@ def picture_column(rows, flag, column):
         images = [image for image in rows[:100][column] if image]
     except Exception as error:  # by the column's type
         raise SystemExit(f"{flag} {column} names a column that holds no pictures: {error}")
-    found = [image for image in images if image["bytes"] is not None or Path(image["path"] or "").is_file()]
+    found = [image for image in images if image["bytes"] is not None or os.path.isfile(image["path"] or "")]
     if images and not found:
         raise SystemExit(f"{flag} {column} names a column that holds no pictures, nor paths of any.")
     return rows
@@ -988,21 +988,31 @@ PIPELINES = {
 # Captions
 
 
+def read_json_lines(lines):
+    """Yields what stands in lines of JSON, without blank ones."""
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                yield json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{error.msg} at character {error.pos} of line {number}")
+
+
 def read_metadata(file, caption_column):
     """Returns the captions of a metadata.jsonl or metadata.csv by picture, a list each."""
     try:
         with open(file, newline="", encoding="utf-8-sig") as lines:
-            if file.suffix.lower() == ".csv":
-                rows = list(csv.DictReader(lines))
-            else:
-                rows = [json.loads(line) for line in lines if line.strip()]
+            rows = list(csv.DictReader(lines) if file.suffix.lower() == ".csv" else read_json_lines(lines))
         columns = list(dict.fromkeys(column for row in rows for column in row))
         for column in ("file_name", caption_column):
             if column not in columns:
                 raise SystemExit(f"{file} has no column {column!r}, but {columns}; see --caption_column.")
         captions = {}
         for row in rows:  # several for a picture are several captions
-            captions.setdefault(file.parent / row["file_name"], []).extend(caption_list(row.get(caption_column)))
+            name = row.get("file_name")
+            if not isinstance(name, str) or "\0" in name:
+                raise ValueError(f"the row {row} names no file")
+            captions.setdefault(file.parent / name, []).extend(caption_list(row.get(caption_column)))
         return captions
     except (OSError, ValueError, TypeError, LookupError, AttributeError, csv.Error) as error:
         raise SystemExit(f"{file} cannot be read: {error}")
@@ -1829,7 +1839,7 @@ def stamp(record):
     if record["rows"] is not None:
         return digest(record["rows"]._fingerprint, record["row"], captioned)
     file = Path(record["name"])
-    size_and_time = (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else ()
+    size_and_time = (file.stat().st_size, file.stat().st_mtime_ns) if os.path.isfile(file) else ()
     return digest(str(file.absolute()), *size_and_time, captioned)
 
 

@@ -160,7 +160,7 @@ def picture_column(rows, flag, column):
         images = [image for image in rows[:100][column] if image]
     except Exception as error:  # by the column's type
         raise SystemExit(f"{flag} {column} names a column that holds no pictures: {error}")
-    found = [image for image in images if image["bytes"] is not None or Path(image["path"] or "").is_file()]
+    found = [image for image in images if image["bytes"] is not None or os.path.isfile(image["path"] or "")]
     if images and not found:
         raise SystemExit(f"{flag} {column} names a column that holds no pictures, nor paths of any.")
     return rows
@@ -1115,7 +1115,7 @@ def stamp(record):
     if record["rows"] is not None:
         return digest(record["rows"]._fingerprint, record["row"], captioned)
     file = Path(record["name"])
-    size_and_time = (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else ()
+    size_and_time = (file.stat().st_size, file.stat().st_mtime_ns) if os.path.isfile(file) else ()
     return digest(str(file.absolute()), *size_and_time, captioned)
 
 

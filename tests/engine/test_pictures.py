@@ -305,9 +305,11 @@ def test_picture_without_bytes(check, tmp_path):
         ("metadata.jsonl", '{"file_name": "000.png", "caption": "x"}\n', "'text', but ['file_name', 'caption']"),
         ("metadata.jsonl", '{"image": "000.png", "text": "x"}\n', "'file_name', but ['image', 'text']"),
         ("metadata.csv", "file_name,caption\n000.png,x\n", "'text', but ['file_name', 'caption']"),
-        ("metadata.jsonl", '{"file_name": "000.png", "text": "x"}\n{"file_name": "001.png", "te', "cannot be read"),
+        ("metadata.jsonl", '{"file_name": "000.png", "text": "x"}\n\n{"file_name": "001.png", "te', "of line 3"),
         ("metadata.jsonl", '["000.png", "x"]\n', ""),
-        ("metadata.jsonl", '{"file_name": null, "text": "x"}\n', ""),
+        ("metadata.jsonl", '{"file_name": null, "text": "x"}\n', "names no file"),
+        ("metadata.jsonl", '{"file_name": "x\\u0000/a.png", "text": "x"}\n', "names no file"),
+        ("metadata.jsonl", '{"file_name": "000.png", "text": "x"}\n{"text": "y"}\n', "names no file"),
         ("metadata.csv", "file_name,text\n000.png\n", None),
         ("metadata.csv", "file_name,text\n000.png,x,y\n", None),
         ("metadata.csv", 'file_name,text\n000.png,"' + "x" * 200_000 + '"\n', ""),
@@ -339,6 +341,13 @@ def test_captionless_row_is_listed(check, tmp_path):
     assert "1 of 7 pictures" in check(folder)
 
 
+def test_a_caption_in_place_of_a_name(check, pictures, tmp_path):
+    """A text that is too long for a file's name makes one bad picture."""
+    folder = shutil.copytree(pictures, tmp_path / "pictures")
+    write_metadata(folder, {"file_name": "x" * 300, "text": "000.png"})
+    assert check(folder).startswith("7 of 7 ")
+
+
 def test_empty_folder(check, tmp_path):
     """A folder without pictures is refused by its name."""
     (tmp_path / "empty" / "sub").mkdir(parents=True)
@@ -364,7 +373,7 @@ def test_empty_folder(check, tmp_path):
 def test_column_of_another_type(check, tmp_path, flag, column, says):
     """A column that holds no pictures, or no captions, is named with its flag; one of nulls has bad rows."""
     picture = {"bytes": make_picture(tmp_path / "a.png").read_bytes(), "path": None}
-    row = {"image": picture, "text": "x", "texts": ["x", "y"], "nothing": None}
+    row = {"image": picture, "text": "x" * 300, "texts": ["x", "y"], "nothing": None}
     table = datasets.Dataset.from_list([row | {"width": 16, "sizes": {"width": 16}}] * 2)
     (tmp_path / "rows").mkdir()
     table.to_parquet(tmp_path / "rows" / "data.parquet")
