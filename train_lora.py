@@ -1023,7 +1023,8 @@ def read_folder(files, caption_column):
     real_path = functools.cache(os.path.realpath)
 
     def full_path(file):  # whatever names its folder has; é is one letter, or two as on macOS
-        return unicodedata.normalize("NFC", os.path.join(real_path(file.parent), file.name))
+        folder, name = os.path.split(file)
+        return unicodedata.normalize("NFC", os.path.join(real_path(folder), name))
 
     pictures = [file for file in files if is_picture(file)]
     by_full_path = {full_path(file): file for file in pictures}
@@ -1034,9 +1035,9 @@ def read_folder(files, caption_column):
             named = path if path in captions else by_full_path.get(full_path(path), path)
             captions.setdefault(named, []).extend(texts)
     read = {*captions, *metadata}
-    caption_files = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
+    caption_files = {os.path.splitext(file)[0]: file for file in files if file.suffix.lower() == ".txt"}
     for file in pictures:
-        beside = caption_files.get(file.with_suffix(""))
+        beside = caption_files.get(os.path.splitext(file)[0])
         if beside and not captions[file]:
             read.add(beside)
             try:
