@@ -41,6 +41,7 @@ import sys
 import time
 import traceback
 import typing
+import unicodedata
 import zlib
 from importlib.metadata import version
 from pathlib import Path
@@ -371,7 +372,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 import transformers
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DynamoBackend,
@@ -430,10 +431,12 @@ def captions_of(args):
 
 def read_records(args):
     """Lists the pictures of --train_data_dir in an order that is the same everywhere, all with the same captions."""
-    files = [file for file in list_files(args.train_data_dir) if file.suffix.lower() in PICTURE_SUFFIXES]
-    if not files:
+    files = list_files(args.train_data_dir)
+    pictures = [file for file in files if is_picture(file)]
+    print_passed_over(files, pictures)
+    if not pictures:
         raise SystemExit(f"{args.train_data_dir} holds no pictures {sorted(PICTURE_SUFFIXES)}.")
-    return [{"name": str(file), "rows": None, "captions": captions_of(args)} for file in files]
+    return [{"name": str(file), "rows": None, "captions": captions_of(args)} for file in pictures]
 
 
 def class_records(run):
@@ -668,40 +671,75 @@ PIPELINES = {
 # Captions
 
 
+def read_json_lines(lines):
+    """Yields what stands in lines of JSON, without blank ones."""
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                yield json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{error.msg} at character {error.pos} of line {number}")
+
+
 def read_metadata(file, caption_column):
     """Returns the captions of a metadata.jsonl or metadata.csv by picture, a list each."""
     try:
         with open(file, newline="", encoding="utf-8-sig") as lines:
-            if file.suffix == ".csv":
-                rows = list(csv.DictReader(lines))
-            else:
-                rows = [json.loads(line) for line in lines if line.strip()]
+            rows = list(csv.DictReader(lines) if file.suffix.lower() == ".csv" else read_json_lines(lines))
         columns = list(dict.fromkeys(column for row in rows for column in row))
         for column in ("file_name", caption_column):
             if column not in columns:
                 raise SystemExit(f"{file} has no column {column!r}, but {columns}; see --caption_column.")
         captions = {}
         for row in rows:  # several for a picture are several captions
-            captions.setdefault(file.parent / row["file_name"], []).extend(caption_list(row.get(caption_column)))
+            name = row.get("file_name")
+            if not isinstance(name, str) or "\0" in name:
+                raise ValueError(f"the row {row} names no file")
+            captions.setdefault(file.parent / name, []).extend(caption_list(row.get(caption_column)))
         return captions
-    except (ValueError, TypeError, LookupError, AttributeError, csv.Error) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, csv.Error) as error:
         raise SystemExit(f"{file} cannot be read: {error}")
 
 
 def read_folder(files, caption_column):
     """Lists the pictures among some files with the captions that metadata files or .txt files beside them give."""
-    captions = {}
-    for metadata in files:
-        if metadata.name in ("metadata.jsonl", "metadata.csv"):
-            captions |= read_metadata(metadata, caption_column)
-    for file in files:
-        beside = file.with_suffix(".txt")
-        if file.suffix.lower() in PICTURE_SUFFIXES and not captions.setdefault(file, []) and beside.is_file():
+    real_path = functools.cache(os.path.realpath)
+
+    def full_path(file):  # whatever names its folder has; é is one letter, or two as on macOS
+        folder, name = os.path.split(file)
+        return unicodedata.normalize("NFC", os.path.join(real_path(folder), name))
+
+    pictures = [file for file in files if is_picture(file)]
+    by_full_path = {full_path(file): file for file in pictures}
+    captions, problems = {file: [] for file in pictures}, {}
+    metadata = [file for file in files if file.name.lower() in ("metadata.jsonl", "metadata.csv")]
+    for file in metadata:
+        for path, texts in read_metadata(file, caption_column).items():
+            named = path if path in captions else by_full_path.get(full_path(path), path)
+            captions.setdefault(named, []).extend(texts)
+    read = {*captions, *metadata}
+    caption_files = {os.path.splitext(file)[0]: file for file in files if file.suffix.lower() == ".txt"}
+    for file in pictures:
+        beside = caption_files.get(os.path.splitext(file)[0])
+        if beside and not captions[file]:
+            read.add(beside)
             try:
-                captions[file] = [beside.read_text(encoding="utf-8-sig")]
-            except ValueError as error:
-                raise SystemExit(f"{beside} is not UTF-8 text: {error}")
-    return [{"name": str(file), "rows": None, "captions": captions[file]} for file in sorted(captions)]
+                captions[file] = [read_caption(beside)]
+            except (OSError, ValueError) as error:
+                problems[file] = f"has a caption in {beside.name} that cannot be read: {error}"
+    print_passed_over(files, read)
+    return [
+        {"name": str(file), "rows": None, "captions": captions[file], "problem": problems.get(file)}
+        for file in sorted(captions)
+    ]
+
+
+def read_caption(file):
+    """Returns the text of a caption file."""
+    text = file.read_text(encoding="utf-8-sig")
+    if "\0" in text:  # as UTF-16 without its mark has it
+        raise ValueError("it is not UTF-8 text")
+    return text
 
 
 def caption_list(captions):
@@ -1038,8 +1076,7 @@ def encoder_setting(run):
 def latents_file(run, models, setting, samples, crop):
     """Names the cache entry of a crop, by all that its bits depend on."""
     picture = (run.resolution, run.args.image_interpolation_mode, samples.records[crop.index]["digest"])
-    box = ((crop.width, crop.height), (crop.left, crop.top), crop.flip)
-    name = digest(*setting, models.vae_digest, *picture, *box)
+    name = digest(*setting, models.vae_digest, *picture, crop[1:])
     return cache_folder(run.args) / "latents" / name
 
 
@@ -1111,7 +1148,8 @@ def fill_entries(run, jobs):
 #       what the model card's header says of the method [{}]
 #   read_records(args) -> records
 #       the pictures, each {"name": path, "rows": None, "captions": [text, ...]}; of a data set, "rows" is that, and
-#       "row" the number in it. The engine adds "digest" and "size" (w, h).
+#       "row" the number in it. A "problem" says why a picture cannot be used. The engine adds "digest" and "size"
+#       (w, h).
 #   class_records(run) -> records
 #       checked pictures of a subject's class; in a batch each picture is followed by one of them [[], or Prior
 #       preservation]
@@ -1144,11 +1182,12 @@ def fill_entries(run, jobs):
 #   loading_code(run, models, name) -> text
 #       the lines that load the result by its name, and make a picture
 #
-# What it offers them: list_files, digest, weights_digest, replace_file; samples.rng, .choose_crop, .pixels;
-# prepare_unet, make_optimizer; prediction_target, snr_weights; together, on_main_process, save_result.
+# What it offers them: list_files, is_picture, print_passed_over, digest, weights_digest, replace_file; samples.rng,
+# .choose_crop, .pixels; prepare_unet, make_optimizer; prediction_target, snr_weights; together, on_main_process,
+# save_result.
 
 
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
 VALIDATION_DRAWS = 4  # noises and timesteps for each held-out picture
 STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1"} & {*dir(signal)}
 # What a run that is killed may have been writing: a checkpoint, or a file that replace_file was to put in place.
@@ -1401,8 +1440,11 @@ class Samples(torch.utils.data.Dataset):
     def pixels(self, crop):
         """Resizes, crops and flips a picture to float32 in [-1, 1], shape (3, resolution, resolution)."""
         resample = Image.Resampling[self.args.image_interpolation_mode.removesuffix("_exact").upper()]
-        image = open_image(read_bytes(self.records[crop.index])).resize((crop.width, crop.height), resample)
-        image = image.crop((crop.left, crop.top, crop.left + self.resolution, crop.top + self.resolution))
+        image, side = open_image(read_bytes(self.records[crop.index])), self.resolution
+        left, right = (x * image.width / crop.width for x in (crop.left, crop.left + side))
+        top, bottom = (y * image.height / crop.height for y in (crop.top, crop.top + side))
+        # The crop alone: 4000 x 1 pixels as a whole would take 4 GiB.
+        image = image.resize((side, side), resample, (left, top, right, bottom))
         image = np.array(ImageOps.mirror(image) if crop.flip else image, dtype=np.float32).clip(0, 255)
         image = image if image.ndim == 3 else np.stack([image] * 3, axis=-1)
         return torch.from_numpy(image).permute(2, 0, 1).contiguous() / 127.5 - 1
@@ -1451,8 +1493,12 @@ def weights_digest(model):
 
 def list_files(folder):
     """Lists the files under a folder, sorted; hidden ones are left out, links to folders are followed, but once."""
+
+    def refuse(error):
+        raise SystemExit(f"The folder {error.filename} cannot be read: {error.strerror}.")
+
     files, walked = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(place)
         if real in walked:  # by way of a link
             folders.clear()
@@ -1463,12 +1509,26 @@ def list_files(folder):
     return sorted(files)
 
 
+def is_picture(file):
+    """Whether a file is a picture by its name."""
+    return file.suffix.lower() in PICTURE_SUFFIXES
+
+
+def print_passed_over(files, read):
+    """Says how many of some files are not read, by suffix."""
+    read = {*read}
+    counts = collections.Counter(file.suffix.lower() or "without a suffix" for file in files if file not in read)
+    if counts:
+        listing = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
+        PartialState().print(f"passed over: {listing}")
+
+
 def read_bytes(record):
     """Returns a record's encoded picture."""
     if record["rows"] is None:
         return Path(record["name"]).read_bytes()
     (image,) = record["rows"][record["row"]].values()
-    return image["bytes"] or Path(image["path"]).read_bytes()
+    return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
 
 
 def open_image(data):
@@ -1487,13 +1547,15 @@ def check_record(record, stop):
     """Returns the (digest, width, height) of a picture, or in words why it cannot be used."""
     if stop.signum:
         return "is unchecked"
+    if record.get("problem"):
+        return record["problem"]
     if not record["captions"]:
         return "has no caption"
     try:
         data = read_bytes(record)
         return (digest(data), *open_image(data).size) if data else "is empty (0 bytes)"
     except FileNotFoundError:
-        return "is named in the metadata but is not there"
+        return "is named, by metadata, a link or a data set, but is not there"
     except UnidentifiedImageError:
         return "is not a picture"
     except Exception as error:  # Pillow raises nearly anything over a broken file
@@ -1502,12 +1564,12 @@ def check_record(record, stop):
 
 def stamp(record):
     """Names a picture's state without reading it: by its file's size and time, or its data set's fingerprint."""
-    has_caption = bool(record["captions"])
+    captioned = bool(record["captions"]) and not record.get("problem")
     if record["rows"] is not None:
-        return digest(record["rows"]._fingerprint, record["row"], has_caption)
+        return digest(record["rows"]._fingerprint, record["row"], captioned)
     file = Path(record["name"])
-    size_and_time = (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else ()
-    return digest(str(file.absolute()), *size_and_time, has_caption)
+    size_and_time = (file.stat().st_size, file.stat().st_mtime_ns) if os.path.isfile(file) else ()
+    return digest(str(file.absolute()), *size_and_time, captioned)
 
 
 def read_manifest(file):
@@ -2329,7 +2391,8 @@ class Output:
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # it may have been closed from the start
-        self.stream.reconfigure(errors="backslashreplace")  # for what its encoding lacks
+        with contextlib.suppress(AttributeError):  # it is none of a system's files
+            self.stream.reconfigure(errors="backslashreplace")  # for what its encoding lacks
 
     def __getattr__(self, name):
         return getattr(self.stream, name)

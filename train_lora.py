@@ -42,6 +42,7 @@ import sys
 import time
 import traceback
 import typing
+import unicodedata
 import zlib
 from importlib.metadata import version
 from pathlib import Path
@@ -220,6 +221,35 @@ def add_data_set_flags(parser):
     add("--image_column", default="image", help="column of the pictures (Hub and parquet)")
 
 
+def parquet_files(files):
+    """Lists the parquet files among some; none if there are pictures, which such files then only describe."""
+    if any(is_picture(file) for file in files):
+        return []
+    return [file for file in files if file.suffix.lower() == ".parquet"]
+
+
+def picture_column(rows, flag, column):
+    """Returns a data set of a column's pictures alone, encoded, by the flag that gave its name."""
+    try:
+        rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        images = [image for image in rows[:100][column] if image]
+    except Exception as error:  # by the column's type
+        raise SystemExit(f"{flag} {column} names a column that holds no pictures: {error}")
+    found = [image for image in images if image["bytes"] is not None or os.path.isfile(image["path"] or "")]
+    if images and not found:
+        raise SystemExit(f"{flag} {column} names a column that holds no pictures, nor paths of any.")
+    return rows
+
+
+def text_column(rows, flag, column):
+    """Returns a column of captions, each a text, a list of texts or None, by the flag that gave its name."""
+    kind = rows.features[column]
+    kind = getattr(kind, "feature", kind)  # of a list's items
+    if getattr(kind, "dtype", None) not in ("string", "large_string", "string_view", "null"):
+        raise SystemExit(f"{flag} {column} names a column that holds no texts, but {rows.features[column]}.")
+    return rows[column][:]
+
+
 def read_rows(args, files, columns):
     """Lists the rows of a Hub or parquet data set; the pictures stay encoded.
 
@@ -237,9 +267,9 @@ def read_rows(args, files, columns):
     for flag, column in columns.items():
         if column not in rows.column_names:
             raise SystemExit(f"{flag} {column} is not among the data set's columns {', '.join(rows.column_names)}.")
-    image_column, *caption_column = columns.values()
-    captions = rows[caption_column[0]][:] if caption_column else [None] * len(rows)
-    rows = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    image_column, *caption_column = columns.items()
+    captions = text_column(rows, *caption_column[0]) if caption_column else [None] * len(rows)
+    rows = picture_column(rows, *image_column)
     return [{"name": f"row {i}", "rows": rows, "row": i, "captions": captions[i]} for i in range(len(rows))]
 
 
@@ -292,7 +322,7 @@ def class_records(run):
 
 def class_pictures(args):
     """Lists the pictures of --class_data_dir, --num_class_images at most."""
-    files = [file for file in list_files(args.class_data_dir) if file.suffix.lower() in PICTURE_SUFFIXES]
+    files = [file for file in list_files(args.class_data_dir) if is_picture(file)]
     records = [{"name": str(file), "rows": None, "captions": [args.class_prompt]} for file in files]
     return records[: args.num_class_images]
 
@@ -300,6 +330,8 @@ def class_pictures(args):
 def missing_class_pictures(args):
     """Makes the folder of the class pictures, and names those that are still to be drawn."""
     Path(args.class_data_dir).mkdir(parents=True, exist_ok=True)
+    files = list_files(args.class_data_dir)
+    print_passed_over(files, [file for file in files if is_picture(file)])
     there = {Path(record["name"]).name for record in class_pictures(args)}
     names = [f"class-{i:05d}.png" for i in range(args.num_class_images)]
     return [name for name in names if name not in there][: args.num_class_images - len(there)]
@@ -573,7 +605,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 import transformers
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DynamoBackend,
@@ -611,8 +643,9 @@ def read_records(args):
     """Lists the pictures with their captions, or with --instance_prompt where there is none."""
     folder = args.train_data_dir or args.instance_data_dir
     files = [] if args.dataset_name else list_files(folder)
-    parquet = [file for file in files if file.suffix == ".parquet"]
+    parquet = parquet_files(files)
     if args.dataset_name or parquet:
+        print_passed_over(files, parquet)
         columns = {"--image_column": args.image_column}
         if args.caption_column:
             columns["--caption_column"] = args.caption_column
@@ -964,40 +997,75 @@ PIPELINES = {
 # Captions
 
 
+def read_json_lines(lines):
+    """Yields what stands in lines of JSON, without blank ones."""
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                yield json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{error.msg} at character {error.pos} of line {number}")
+
+
 def read_metadata(file, caption_column):
     """Returns the captions of a metadata.jsonl or metadata.csv by picture, a list each."""
     try:
         with open(file, newline="", encoding="utf-8-sig") as lines:
-            if file.suffix == ".csv":
-                rows = list(csv.DictReader(lines))
-            else:
-                rows = [json.loads(line) for line in lines if line.strip()]
+            rows = list(csv.DictReader(lines) if file.suffix.lower() == ".csv" else read_json_lines(lines))
         columns = list(dict.fromkeys(column for row in rows for column in row))
         for column in ("file_name", caption_column):
             if column not in columns:
                 raise SystemExit(f"{file} has no column {column!r}, but {columns}; see --caption_column.")
         captions = {}
         for row in rows:  # several for a picture are several captions
-            captions.setdefault(file.parent / row["file_name"], []).extend(caption_list(row.get(caption_column)))
+            name = row.get("file_name")
+            if not isinstance(name, str) or "\0" in name:
+                raise ValueError(f"the row {row} names no file")
+            captions.setdefault(file.parent / name, []).extend(caption_list(row.get(caption_column)))
         return captions
-    except (ValueError, TypeError, LookupError, AttributeError, csv.Error) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, csv.Error) as error:
         raise SystemExit(f"{file} cannot be read: {error}")
 
 
 def read_folder(files, caption_column):
     """Lists the pictures among some files with the captions that metadata files or .txt files beside them give."""
-    captions = {}
-    for metadata in files:
-        if metadata.name in ("metadata.jsonl", "metadata.csv"):
-            captions |= read_metadata(metadata, caption_column)
-    for file in files:
-        beside = file.with_suffix(".txt")
-        if file.suffix.lower() in PICTURE_SUFFIXES and not captions.setdefault(file, []) and beside.is_file():
+    real_path = functools.cache(os.path.realpath)
+
+    def full_path(file):  # whatever names its folder has; é is one letter, or two as on macOS
+        folder, name = os.path.split(file)
+        return unicodedata.normalize("NFC", os.path.join(real_path(folder), name))
+
+    pictures = [file for file in files if is_picture(file)]
+    by_full_path = {full_path(file): file for file in pictures}
+    captions, problems = {file: [] for file in pictures}, {}
+    metadata = [file for file in files if file.name.lower() in ("metadata.jsonl", "metadata.csv")]
+    for file in metadata:
+        for path, texts in read_metadata(file, caption_column).items():
+            named = path if path in captions else by_full_path.get(full_path(path), path)
+            captions.setdefault(named, []).extend(texts)
+    read = {*captions, *metadata}
+    caption_files = {os.path.splitext(file)[0]: file for file in files if file.suffix.lower() == ".txt"}
+    for file in pictures:
+        beside = caption_files.get(os.path.splitext(file)[0])
+        if beside and not captions[file]:
+            read.add(beside)
             try:
-                captions[file] = [beside.read_text(encoding="utf-8-sig")]
-            except ValueError as error:
-                raise SystemExit(f"{beside} is not UTF-8 text: {error}")
-    return [{"name": str(file), "rows": None, "captions": captions[file]} for file in sorted(captions)]
+                captions[file] = [read_caption(beside)]
+            except (OSError, ValueError) as error:
+                problems[file] = f"has a caption in {beside.name} that cannot be read: {error}"
+    print_passed_over(files, read)
+    return [
+        {"name": str(file), "rows": None, "captions": captions[file], "problem": problems.get(file)}
+        for file in sorted(captions)
+    ]
+
+
+def read_caption(file):
+    """Returns the text of a caption file."""
+    text = file.read_text(encoding="utf-8-sig")
+    if "\0" in text:  # as UTF-16 without its mark has it
+        raise ValueError("it is not UTF-8 text")
+    return text
 
 
 def caption_list(captions):
@@ -1334,8 +1402,7 @@ def encoder_setting(run):
 def latents_file(run, models, setting, samples, crop):
     """Names the cache entry of a crop, by all that its bits depend on."""
     picture = (run.resolution, run.args.image_interpolation_mode, samples.records[crop.index]["digest"])
-    box = ((crop.width, crop.height), (crop.left, crop.top), crop.flip)
-    name = digest(*setting, models.vae_digest, *picture, *box)
+    name = digest(*setting, models.vae_digest, *picture, crop[1:])
     return cache_folder(run.args) / "latents" / name
 
 
@@ -1407,7 +1474,8 @@ def fill_entries(run, jobs):
 #       what the model card's header says of the method [{}]
 #   read_records(args) -> records
 #       the pictures, each {"name": path, "rows": None, "captions": [text, ...]}; of a data set, "rows" is that, and
-#       "row" the number in it. The engine adds "digest" and "size" (w, h).
+#       "row" the number in it. A "problem" says why a picture cannot be used. The engine adds "digest" and "size"
+#       (w, h).
 #   class_records(run) -> records
 #       checked pictures of a subject's class; in a batch each picture is followed by one of them [[], or Prior
 #       preservation]
@@ -1440,11 +1508,12 @@ def fill_entries(run, jobs):
 #   loading_code(run, models, name) -> text
 #       the lines that load the result by its name, and make a picture
 #
-# What it offers them: list_files, digest, weights_digest, replace_file; samples.rng, .choose_crop, .pixels;
-# prepare_unet, make_optimizer; prediction_target, snr_weights; together, on_main_process, save_result.
+# What it offers them: list_files, is_picture, print_passed_over, digest, weights_digest, replace_file; samples.rng,
+# .choose_crop, .pixels; prepare_unet, make_optimizer; prediction_target, snr_weights; together, on_main_process,
+# save_result.
 
 
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
 VALIDATION_DRAWS = 4  # noises and timesteps for each held-out picture
 STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1"} & {*dir(signal)}
 # What a run that is killed may have been writing: a checkpoint, or a file that replace_file was to put in place.
@@ -1697,8 +1766,11 @@ class Samples(torch.utils.data.Dataset):
     def pixels(self, crop):
         """Resizes, crops and flips a picture to float32 in [-1, 1], shape (3, resolution, resolution)."""
         resample = Image.Resampling[self.args.image_interpolation_mode.removesuffix("_exact").upper()]
-        image = open_image(read_bytes(self.records[crop.index])).resize((crop.width, crop.height), resample)
-        image = image.crop((crop.left, crop.top, crop.left + self.resolution, crop.top + self.resolution))
+        image, side = open_image(read_bytes(self.records[crop.index])), self.resolution
+        left, right = (x * image.width / crop.width for x in (crop.left, crop.left + side))
+        top, bottom = (y * image.height / crop.height for y in (crop.top, crop.top + side))
+        # The crop alone: 4000 x 1 pixels as a whole would take 4 GiB.
+        image = image.resize((side, side), resample, (left, top, right, bottom))
         image = np.array(ImageOps.mirror(image) if crop.flip else image, dtype=np.float32).clip(0, 255)
         image = image if image.ndim == 3 else np.stack([image] * 3, axis=-1)
         return torch.from_numpy(image).permute(2, 0, 1).contiguous() / 127.5 - 1
@@ -1747,8 +1819,12 @@ def weights_digest(model):
 
 def list_files(folder):
     """Lists the files under a folder, sorted; hidden ones are left out, links to folders are followed, but once."""
+
+    def refuse(error):
+        raise SystemExit(f"The folder {error.filename} cannot be read: {error.strerror}.")
+
     files, walked = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(place)
         if real in walked:  # by way of a link
             folders.clear()
@@ -1759,12 +1835,26 @@ def list_files(folder):
     return sorted(files)
 
 
+def is_picture(file):
+    """Whether a file is a picture by its name."""
+    return file.suffix.lower() in PICTURE_SUFFIXES
+
+
+def print_passed_over(files, read):
+    """Says how many of some files are not read, by suffix."""
+    read = {*read}
+    counts = collections.Counter(file.suffix.lower() or "without a suffix" for file in files if file not in read)
+    if counts:
+        listing = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
+        PartialState().print(f"passed over: {listing}")
+
+
 def read_bytes(record):
     """Returns a record's encoded picture."""
     if record["rows"] is None:
         return Path(record["name"]).read_bytes()
     (image,) = record["rows"][record["row"]].values()
-    return image["bytes"] or Path(image["path"]).read_bytes()
+    return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
 
 
 def open_image(data):
@@ -1783,13 +1873,15 @@ def check_record(record, stop):
     """Returns the (digest, width, height) of a picture, or in words why it cannot be used."""
     if stop.signum:
         return "is unchecked"
+    if record.get("problem"):
+        return record["problem"]
     if not record["captions"]:
         return "has no caption"
     try:
         data = read_bytes(record)
         return (digest(data), *open_image(data).size) if data else "is empty (0 bytes)"
     except FileNotFoundError:
-        return "is named in the metadata but is not there"
+        return "is named, by metadata, a link or a data set, but is not there"
     except UnidentifiedImageError:
         return "is not a picture"
     except Exception as error:  # Pillow raises nearly anything over a broken file
@@ -1798,12 +1890,12 @@ def check_record(record, stop):
 
 def stamp(record):
     """Names a picture's state without reading it: by its file's size and time, or its data set's fingerprint."""
-    has_caption = bool(record["captions"])
+    captioned = bool(record["captions"]) and not record.get("problem")
     if record["rows"] is not None:
-        return digest(record["rows"]._fingerprint, record["row"], has_caption)
+        return digest(record["rows"]._fingerprint, record["row"], captioned)
     file = Path(record["name"])
-    size_and_time = (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else ()
-    return digest(str(file.absolute()), *size_and_time, has_caption)
+    size_and_time = (file.stat().st_size, file.stat().st_mtime_ns) if os.path.isfile(file) else ()
+    return digest(str(file.absolute()), *size_and_time, captioned)
 
 
 def read_manifest(file):
@@ -2625,7 +2717,8 @@ class Output:
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # it may have been closed from the start
-        self.stream.reconfigure(errors="backslashreplace")  # for what its encoding lacks
+        with contextlib.suppress(AttributeError):  # it is none of a system's files
+            self.stream.reconfigure(errors="backslashreplace")  # for what its encoding lacks
 
     def __getattr__(self, name):
         return getattr(self.stream, name)

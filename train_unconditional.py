@@ -146,6 +146,35 @@ def add_data_set_flags(parser):
     add("--image_column", default="image", help="column of the pictures (Hub and parquet)")
 
 
+def parquet_files(files):
+    """Lists the parquet files among some; none if there are pictures, which such files then only describe."""
+    if any(is_picture(file) for file in files):
+        return []
+    return [file for file in files if file.suffix.lower() == ".parquet"]
+
+
+def picture_column(rows, flag, column):
+    """Returns a data set of a column's pictures alone, encoded, by the flag that gave its name."""
+    try:
+        rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        images = [image for image in rows[:100][column] if image]
+    except Exception as error:  # by the column's type
+        raise SystemExit(f"{flag} {column} names a column that holds no pictures: {error}")
+    found = [image for image in images if image["bytes"] is not None or os.path.isfile(image["path"] or "")]
+    if images and not found:
+        raise SystemExit(f"{flag} {column} names a column that holds no pictures, nor paths of any.")
+    return rows
+
+
+def text_column(rows, flag, column):
+    """Returns a column of captions, each a text, a list of texts or None, by the flag that gave its name."""
+    kind = rows.features[column]
+    kind = getattr(kind, "feature", kind)  # of a list's items
+    if getattr(kind, "dtype", None) not in ("string", "large_string", "string_view", "null"):
+        raise SystemExit(f"{flag} {column} names a column that holds no texts, but {rows.features[column]}.")
+    return rows[column][:]
+
+
 def read_rows(args, files, columns):
     """Lists the rows of a Hub or parquet data set; the pictures stay encoded.
 
@@ -163,9 +192,9 @@ def read_rows(args, files, columns):
     for flag, column in columns.items():
         if column not in rows.column_names:
             raise SystemExit(f"{flag} {column} is not among the data set's columns {', '.join(rows.column_names)}.")
-    image_column, *caption_column = columns.values()
-    captions = rows[caption_column[0]][:] if caption_column else [None] * len(rows)
-    rows = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    image_column, *caption_column = columns.items()
+    captions = text_column(rows, *caption_column[0]) if caption_column else [None] * len(rows)
+    rows = picture_column(rows, *image_column)
     return [{"name": f"row {i}", "rows": rows, "row": i, "captions": captions[i]} for i in range(len(rows))]
 
 
@@ -406,7 +435,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 import transformers
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DynamoBackend,
@@ -446,11 +475,13 @@ NEW_UNET = {
 def read_records(args):
     """Lists the pictures of --dataset_name or --train_data_dir in an order that is the same everywhere."""
     files = [] if args.dataset_name else list_files(args.train_data_dir)
-    parquet = [file for file in files if file.suffix == ".parquet"]
+    parquet = parquet_files(files)
     if args.dataset_name or parquet:
+        print_passed_over(files, parquet)
         records = read_rows(args, parquet, {"--image_column": args.image_column})
     else:
-        pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
+        pictures = [file for file in files if is_picture(file)]
+        print_passed_over(files, pictures)
         records = [{"name": str(file), "rows": None} for file in pictures]
     if not records:
         raise SystemExit(f"{args.dataset_name or args.train_data_dir} holds no pictures {sorted(PICTURE_SUFFIXES)}.")
@@ -684,7 +715,8 @@ def loading_code(run, models, name):
 #       what the model card's header says of the method [{}]
 #   read_records(args) -> records
 #       the pictures, each {"name": path, "rows": None, "captions": [text, ...]}; of a data set, "rows" is that, and
-#       "row" the number in it. The engine adds "digest" and "size" (w, h).
+#       "row" the number in it. A "problem" says why a picture cannot be used. The engine adds "digest" and "size"
+#       (w, h).
 #   class_records(run) -> records
 #       checked pictures of a subject's class; in a batch each picture is followed by one of them [[], or Prior
 #       preservation]
@@ -717,11 +749,12 @@ def loading_code(run, models, name):
 #   loading_code(run, models, name) -> text
 #       the lines that load the result by its name, and make a picture
 #
-# What it offers them: list_files, digest, weights_digest, replace_file; samples.rng, .choose_crop, .pixels;
-# prepare_unet, make_optimizer; prediction_target, snr_weights; together, on_main_process, save_result.
+# What it offers them: list_files, is_picture, print_passed_over, digest, weights_digest, replace_file; samples.rng,
+# .choose_crop, .pixels; prepare_unet, make_optimizer; prediction_target, snr_weights; together, on_main_process,
+# save_result.
 
 
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
 VALIDATION_DRAWS = 4  # noises and timesteps for each held-out picture
 STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1"} & {*dir(signal)}
 # What a run that is killed may have been writing: a checkpoint, or a file that replace_file was to put in place.
@@ -974,8 +1007,11 @@ class Samples(torch.utils.data.Dataset):
     def pixels(self, crop):
         """Resizes, crops and flips a picture to float32 in [-1, 1], shape (3, resolution, resolution)."""
         resample = Image.Resampling[self.args.image_interpolation_mode.removesuffix("_exact").upper()]
-        image = open_image(read_bytes(self.records[crop.index])).resize((crop.width, crop.height), resample)
-        image = image.crop((crop.left, crop.top, crop.left + self.resolution, crop.top + self.resolution))
+        image, side = open_image(read_bytes(self.records[crop.index])), self.resolution
+        left, right = (x * image.width / crop.width for x in (crop.left, crop.left + side))
+        top, bottom = (y * image.height / crop.height for y in (crop.top, crop.top + side))
+        # The crop alone: 4000 x 1 pixels as a whole would take 4 GiB.
+        image = image.resize((side, side), resample, (left, top, right, bottom))
         image = np.array(ImageOps.mirror(image) if crop.flip else image, dtype=np.float32).clip(0, 255)
         image = image if image.ndim == 3 else np.stack([image] * 3, axis=-1)
         return torch.from_numpy(image).permute(2, 0, 1).contiguous() / 127.5 - 1
@@ -1024,8 +1060,12 @@ def weights_digest(model):
 
 def list_files(folder):
     """Lists the files under a folder, sorted; hidden ones are left out, links to folders are followed, but once."""
+
+    def refuse(error):
+        raise SystemExit(f"The folder {error.filename} cannot be read: {error.strerror}.")
+
     files, walked = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(place)
         if real in walked:  # by way of a link
             folders.clear()
@@ -1036,12 +1076,26 @@ def list_files(folder):
     return sorted(files)
 
 
+def is_picture(file):
+    """Whether a file is a picture by its name."""
+    return file.suffix.lower() in PICTURE_SUFFIXES
+
+
+def print_passed_over(files, read):
+    """Says how many of some files are not read, by suffix."""
+    read = {*read}
+    counts = collections.Counter(file.suffix.lower() or "without a suffix" for file in files if file not in read)
+    if counts:
+        listing = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
+        PartialState().print(f"passed over: {listing}")
+
+
 def read_bytes(record):
     """Returns a record's encoded picture."""
     if record["rows"] is None:
         return Path(record["name"]).read_bytes()
     (image,) = record["rows"][record["row"]].values()
-    return image["bytes"] or Path(image["path"]).read_bytes()
+    return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
 
 
 def open_image(data):
@@ -1060,13 +1114,15 @@ def check_record(record, stop):
     """Returns the (digest, width, height) of a picture, or in words why it cannot be used."""
     if stop.signum:
         return "is unchecked"
+    if record.get("problem"):
+        return record["problem"]
     if not record["captions"]:
         return "has no caption"
     try:
         data = read_bytes(record)
         return (digest(data), *open_image(data).size) if data else "is empty (0 bytes)"
     except FileNotFoundError:
-        return "is named in the metadata but is not there"
+        return "is named, by metadata, a link or a data set, but is not there"
     except UnidentifiedImageError:
         return "is not a picture"
     except Exception as error:  # Pillow raises nearly anything over a broken file
@@ -1075,12 +1131,12 @@ def check_record(record, stop):
 
 def stamp(record):
     """Names a picture's state without reading it: by its file's size and time, or its data set's fingerprint."""
-    has_caption = bool(record["captions"])
+    captioned = bool(record["captions"]) and not record.get("problem")
     if record["rows"] is not None:
-        return digest(record["rows"]._fingerprint, record["row"], has_caption)
+        return digest(record["rows"]._fingerprint, record["row"], captioned)
     file = Path(record["name"])
-    size_and_time = (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else ()
-    return digest(str(file.absolute()), *size_and_time, has_caption)
+    size_and_time = (file.stat().st_size, file.stat().st_mtime_ns) if os.path.isfile(file) else ()
+    return digest(str(file.absolute()), *size_and_time, captioned)
 
 
 def read_manifest(file):
@@ -1902,7 +1958,8 @@ class Output:
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # it may have been closed from the start
-        self.stream.reconfigure(errors="backslashreplace")  # for what its encoding lacks
+        with contextlib.suppress(AttributeError):  # it is none of a system's files
+            self.stream.reconfigure(errors="backslashreplace")  # for what its encoding lacks
 
     def __getattr__(self, name):
         return getattr(self.stream, name)

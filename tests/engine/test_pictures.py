@@ -2,12 +2,15 @@
 
 import csv
 import json
+import multiprocessing
 import os
+import shutil
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import datasets
 import pytest
-from helpers import make_picture, make_pictures, metrics, parse, same, state_of, weights, write_metadata
+from helpers import linux, make_picture, make_pictures, metrics, parse, same, state_of, weights, write_metadata
 from PIL import Image
 
 import train_text_to_image as script
@@ -164,8 +167,9 @@ def test_captions_of_rows(tmp_path):
     image = make_picture(tmp_path / "a.png")
     data = {"image": [str(image)] * 3, "text": [["one", "two"], [], None]}
     table = datasets.Dataset.from_dict(data).cast_column("image", datasets.Image())
-    table.to_parquet(tmp_path / "data.parquet")
-    assert [r["captions"] for r in script.read_records(parse(tmp_path))] == [["one", "two"], [], []]
+    (tmp_path / "rows").mkdir()
+    table.to_parquet(tmp_path / "rows" / "data.parquet")
+    assert [r["captions"] for r in script.read_records(parse(tmp_path / "rows"))] == [["one", "two"], [], []]
 
 
 def test_exif_rotation(train, used, tmp_path):
@@ -213,6 +217,10 @@ def spoil(folder):
     make_picture(folder / "null caption.png")
     make_picture(folder / "blank txt.png")
     (folder / "blank txt.txt").write_text(" \n")
+    texts = {"latin txt": "café".encode("latin-1"), "wide txt": "café".encode("utf-16")}
+    for name, text in (texts | {"wide txt without mark": "a cat".encode("utf-16-le")}).items():
+        make_picture(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_bytes(text)
     for name in ("truncated", "sub/cut", "text", "zero"):
         (folder / f"{name}.txt").write_text("a caption")
     with open(folder / "metadata.jsonl", "a") as file:
@@ -222,11 +230,14 @@ def spoil(folder):
         "blank caption.png": "has no caption",
         "blank txt.png": "has no caption",
         "gone.png": "is not there",
+        "latin txt.png": "latin txt.txt that cannot be read",
         "no caption.png": "has no caption",
         "null caption.png": "has no caption",
         "sub/cut.png": "cannot be decoded",
         "text.png": "is not a picture",
         "truncated.jpg": "cannot be decoded",
+        "wide txt without mark.png": "wide txt without mark.txt that cannot be read",
+        "wide txt.png": "wide txt.txt that cannot be read",
         "zero.webp": "is empty",
     }
 
@@ -242,7 +253,7 @@ def test_all_bad_pictures_are_listed(check, tmp_path):
         assert line.startswith(f"  {folder / name} ") and problem in line
     assert len(lines) == len(expected) + 1 and "--on_bad_image skip" in lines[-1]
     assert state_of(folder) == before
-    assert "9 of 15" in check(folder)  # nor does it pass the second time, when the good ones are known
+    assert "12 of 18" in check(folder)  # nor does it pass the second time, when the good ones are known
 
 
 def test_skipped_as_if_not_there(train, tmp_path, capsys):
@@ -294,13 +305,16 @@ def test_picture_without_bytes(check, tmp_path):
         ("metadata.jsonl", '{"file_name": "000.png", "caption": "x"}\n', "'text', but ['file_name', 'caption']"),
         ("metadata.jsonl", '{"image": "000.png", "text": "x"}\n', "'file_name', but ['image', 'text']"),
         ("metadata.csv", "file_name,caption\n000.png,x\n", "'text', but ['file_name', 'caption']"),
-        ("metadata.jsonl", '{"file_name": "000.png", "text": "x"}\n{"file_name": "001.png", "te', "cannot be read"),
+        ("metadata.jsonl", '{"file_name": "000.png", "text": "x"}\n\n{"file_name": "001.png", "te', "of line 3"),
         ("metadata.jsonl", '["000.png", "x"]\n', ""),
-        ("metadata.jsonl", '{"file_name": null, "text": "x"}\n', ""),
+        ("metadata.jsonl", '{"file_name": null, "text": "x"}\n', "names no file"),
+        ("metadata.jsonl", '{"file_name": "x\\u0000/a.png", "text": "x"}\n', "names no file"),
+        ("metadata.jsonl", '{"file_name": "000.png", "text": "x"}\n{"text": "y"}\n', "names no file"),
         ("metadata.csv", "file_name,text\n000.png\n", None),
         ("metadata.csv", "file_name,text\n000.png,x,y\n", None),
         ("metadata.csv", 'file_name,text\n000.png,"' + "x" * 200_000 + '"\n', ""),
         ("metadata.jsonl", '{"file_name": "000.png", "text": "caf\xe9"}\n', "cannot be read"),
+        ("metadata.csv", "file_name,text\n000.png,caf\xe9\n", "cannot be read"),
         ("000.txt", "caf\xe9", ""),
     ],
 )
@@ -327,12 +341,47 @@ def test_captionless_row_is_listed(check, tmp_path):
     assert "1 of 7 pictures" in check(folder)
 
 
+def test_a_caption_in_place_of_a_name(check, pictures, tmp_path):
+    """A text that is too long for a file's name makes one bad picture."""
+    folder = shutil.copytree(pictures, tmp_path / "pictures")
+    write_metadata(folder, {"file_name": "x" * 300, "text": "000.png"})
+    assert check(folder).startswith("7 of 7 ")
+
+
 def test_empty_folder(check, tmp_path):
     """A folder without pictures is refused by its name."""
     (tmp_path / "empty" / "sub").mkdir(parents=True)
     (tmp_path / "empty" / "notes.txt").write_text("nothing")
     message = check(tmp_path / "empty")
     assert str(tmp_path / "empty") in message and "no pictures" in message and ".png" in message
+
+
+@pytest.mark.parametrize(
+    "flag, column, says",
+    [
+        ("--image_column", "width", "holds no pictures"),
+        ("--image_column", "text", "holds no pictures"),
+        ("--image_column", "sizes", "holds no pictures"),
+        ("--image_column", "texts", "holds no pictures"),
+        ("--caption_column", "width", "holds no texts, but Value('int64')"),
+        ("--caption_column", "sizes", "holds no texts, but {'width': Value('int64')}"),
+        ("--caption_column", "image", "holds no texts, but"),
+        ("--caption_column", "nothing", None),
+        ("--caption_column", "texts", None),
+    ],
+)
+def test_column_of_another_type(check, tmp_path, flag, column, says):
+    """A column that holds no pictures, or no captions, is named with its flag; one of nulls has bad rows."""
+    picture = {"bytes": make_picture(tmp_path / "a.png").read_bytes(), "path": None}
+    row = {"image": picture, "text": "x" * 300, "texts": ["x", "y"], "nothing": None}
+    table = datasets.Dataset.from_list([row | {"width": 16, "sizes": {"width": 16}}] * 2)
+    (tmp_path / "rows").mkdir()
+    table.to_parquet(tmp_path / "rows" / "data.parquet")
+    message = check(tmp_path / "rows", flag, column)
+    if says:
+        assert f"{flag} {column} names a column that {says}" in message
+    else:
+        assert message is None if column == "texts" else message.startswith("2 of 2 ")
 
 
 @pytest.mark.parametrize("column", ["image", "caption"])
@@ -346,6 +395,24 @@ def test_unknown_column(check, hub, pictures, column):
 def test_unknown_dataset(check, hub):
     """A data set that the Hub does not have is refused by name."""
     assert "me/nothing" in check("me/nothing")
+
+
+def test_unreadable_caption(check, pictures, tmp_path):
+    """A caption file that cannot be opened makes one bad picture."""
+    folder = shutil.copytree(pictures, tmp_path / "pictures")
+    make_picture(folder / "a.png")
+    (folder / "a.txt").symlink_to("nowhere")
+    message = check(folder)
+    assert message.startswith("1 of 7 ") and f"{folder}/a.png has a caption in a.txt that cannot be read" in message
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_unreadable_metadata(check, pictures, tmp_path, name):
+    """A metadata file that cannot be opened is named."""
+    folder = shutil.copytree(pictures, tmp_path / "pictures")
+    (folder / "sub").mkdir()
+    (folder / "sub" / name).symlink_to("nowhere")
+    assert f"{folder / 'sub' / name} cannot be read" in check(folder)
 
 
 @pytest.mark.parametrize("flags", [["--validation_samples", 6], ["--validation_samples", 2, "--max_train_samples", 2]])
@@ -445,12 +512,109 @@ def test_links_that_lead_back_are_walked_once(tmp_path):
 
 
 def test_rows_for_the_same_picture_are_its_captions(tmp_path):
-    """Several rows of metadata for a picture are several captions to draw from, as some sets have them."""
-    make_picture(tmp_path / "a.png")
-    make_picture(tmp_path / "b.png")
-    rows = [("a.png", "one"), ("b.png", "other"), ("a.png", ["two", "three"]), ("a.png", None)]
+    """Several rows of metadata for a picture, in one file or more, are several captions to draw from."""
+    make_picture(tmp_path / "sub" / "a.png")
+    make_picture(tmp_path / "sub" / "b.png")
+    rows = [("sub/a.png", "one"), ("sub/b.png", "other"), ("sub/a.png", ["two", "three"]), ("sub/a.png", None)]
     write_metadata(tmp_path, *({"file_name": name, "text": text} for name, text in rows))
-    assert captions_of(tmp_path) == {"a.png": ["one", "two", "three"], "b.png": ["other"]}
+    expected = {"sub/a.png": ["one", "two", "three"], "sub/b.png": ["other"]}
+    assert captions_of(tmp_path) == expected
+    (tmp_path / "sub" / "metadata.csv").write_text("file_name,text\na.png,four\na.png,five\n")
+    expected["sub/a.png"] += ["four", "five"]
+    assert captions_of(tmp_path) == expected
+    (tmp_path / "sub" / "a.txt").write_text("metadata goes before this")
+    assert captions_of(tmp_path) == expected
+
+
+def test_a_picture_has_many_names(tmp_path, monkeypatch):
+    """Metadata may name a picture in any way that leads to it, and a letter with its accent as one or as two."""
+    inside, elsewhere = tmp_path / "pictures", tmp_path / "elsewhere"
+    for name in ("a.png", "b.png", "c.png", "e\u0301.png", "sub/d.png", "sub/e\u0301.png", "sub/\xe9.png"):
+        make_picture(inside / name)
+    make_picture(elsewhere / "x.png")
+    (inside / "to sub").symlink_to(inside / "sub")
+    rows = ["./a.png", "sub/../b.png", str(inside / "c.png"), "\xe9.png", "to sub/d.png", "../elsewhere/x.png"]
+    rows += ["sub/e\u0301.png", "sub/\xe9.png"]
+    write_metadata(inside, *({"file_name": name, "text": name} for name in rows))
+    monkeypatch.chdir(tmp_path)
+    records = script.read_records(parse("pictures"))
+    assert sorted(text for record in records for text in record["captions"]) == sorted(rows)
+    assert len(records) == len(rows) and all(len(record["captions"]) == 1 for record in records)
+    assert [record["captions"] for record in records if "sub/\xe9" in record["name"]] == [["sub/\xe9.png"]]
+
+
+def test_suffixes_in_capitals(tmp_path):
+    """The suffixes of captions and metadata can be in capitals as those of pictures can."""
+    make_picture(tmp_path / "A.PNG")
+    (tmp_path / "A.TXT").write_text("by text file")
+    make_picture(tmp_path / "B.PNG")
+    (tmp_path / "METADATA.CSV").write_text("file_name,text\nB.PNG,by metadata\n")
+    assert captions_of(tmp_path) == {"A.PNG": ["by text file"], "B.PNG": ["by metadata"]}
+
+
+def test_folders_with_names_of_files(check, tmp_path, capsys):
+    """Folders named as pictures, metadata or captions are walked as others are; one that metadata names is bad."""
+    for name in ("a.png", "metadata.jsonl", "metadata.csv", "b.txt", "rows.parquet"):
+        make_picture(tmp_path / "pictures" / name / "x.png")
+        (tmp_path / "pictures" / name / "x.txt").write_text(name)
+    make_picture(tmp_path / "pictures" / "b.png")
+    write_metadata(tmp_path / "pictures" / "a.png", {"file_name": "../b.png", "text": "b"})
+    assert len(captions_of(tmp_path / "pictures")) == 6 and "passed over" not in capsys.readouterr().out
+    assert check(tmp_path / "pictures") is None
+    write_metadata(
+        tmp_path / "pictures" / "a.png", {"file_name": "../b.png", "text": ""}, {"file_name": "", "text": "x"}
+    )
+    message = check(tmp_path / "pictures")
+    assert message.startswith("2 of 7 ") and f"  {tmp_path / 'pictures' / 'a.png'} cannot be decoded" in message
+
+
+def test_what_is_passed_over_is_counted(tmp_path, capsys):
+    """One line counts what is not read, by suffix; captions, metadata and hidden files are not in it."""
+    for name in ("a.avif", "b.jfif"):
+        make_picture(tmp_path / name, format={".avif": "AVIF", ".jfif": "JPEG"}[Path(name).suffix])
+        assert script.open_image((tmp_path / name).read_bytes()).size == (16, 16)
+    (tmp_path / "a.txt").write_text("one")
+    write_metadata(tmp_path, {"file_name": "b.jfif", "text": "two"})
+    (tmp_path / ".DS_Store").write_bytes(b"\0")
+    assert captions_of(tmp_path) == {"a.avif": ["one"], "b.jfif": ["two"]}
+    assert capsys.readouterr().out == ""
+    for name in ("c.heic", "sub/d.HEIC", "LICENSE", "c.txt", "b.txt", "x.pdf", "c.json", "y.json", "z.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert captions_of(tmp_path) == {"a.avif": ["one"], "b.jfif": ["two"]}
+    assert capsys.readouterr().out == "passed over: 3 .json, 2 .txt, 2 .heic, 1 without a suffix, 1 .pdf\n"
+
+
+def test_parquet_beside_pictures(tmp_path, capsys):
+    """Where there are pictures, parquet files only describe them, as img2dataset leaves them: they are passed over."""
+    make_picture(tmp_path / "00000" / "000000000.jpg")
+    (tmp_path / "00000" / "000000000.txt").write_text("a caption")
+    table = datasets.Dataset.from_dict({"url": ["https://example.com/a.jpg"], "caption": ["a caption"]})
+    table.to_parquet(tmp_path / "00000.parquet")
+    capsys.readouterr()
+    assert captions_of(tmp_path) == {"00000/000000000.jpg": ["a caption"]}
+    assert capsys.readouterr().out == "passed over: 1 .parquet\n"
+
+
+@linux
+def test_an_unreadable_folder_is_refused(tmp_path):
+    """A folder that may not be read ends the run by its name, as the pictures in it would be missed without a word."""
+    make_picture(tmp_path / "pictures" / "a.png")
+    make_picture(tmp_path / "pictures" / "closed" / "b.png")
+    (tmp_path / "pictures").chmod(0o755)
+    (tmp_path / "pictures" / "closed").chmod(0)
+
+    def enter():
+        os.chdir(tmp_path / "pictures")
+        if os.geteuid() == 0:  # who may read anything
+            os.setuid(65534)
+
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), initializer=enter) as pool:
+            with pytest.raises(SystemExit, match="folder ./closed cannot be read: Permission denied"):
+                pool.submit(script.list_files, ".").result(timeout=60)
+    finally:
+        (tmp_path / "pictures" / "closed").chmod(0o755)
 
 
 def test_a_parquet_folder_is_no_pattern(tmp_path):

@@ -1,14 +1,17 @@
 """What a sample is: how a picture is decoded, cropped and scaled, and what is drawn for it by its keys."""
 
 import math
+import multiprocessing
+import resource
 import zlib
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import make_picture, metrics, samples_of, watch, write_metadata
+from helpers import linux, make_picture, metrics, samples_of, watch, write_metadata
 from PIL import Image
 
 import train_text_to_image as script
@@ -120,6 +123,45 @@ def test_shorter_side_becomes_resolution(tmp_path, size, resized):
     left, top = ((length - 7) // 2 for length in resized)
     expected = np.asarray(image.crop((left, top, left + 8, top + 8)))[:, :, 0]
     assert greys(samples).tolist() == expected.tolist()
+
+
+def smooth(folder, width, height):
+    """Saves a picture of soft colours, with a caption."""
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).save(folder / "a.png")
+    (folder / "a.txt").write_text("soft")
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["lanczos", "bicubic", "bilinear", "hamming", "box", "nearest"])
+@pytest.mark.parametrize("size", [(201, 90), (57, 130), (19, 40)])
+def test_a_crop_is_that_of_the_whole_picture(tmp_path, mode, size):
+    """Resizing what will be cropped gives what resizing all and cropping then gives, but for rounding."""
+    samples = samples_of(smooth(tmp_path / "x", *size), "--resolution", 32, "--image_interpolation_mode", mode)
+    image = Image.open(tmp_path / "x" / "a.png")
+    for epoch in range(20):
+        crop = samples.choose_crop((epoch, 0))
+        whole = image.resize((crop.width, crop.height), Image.Resampling[mode.upper()])
+        whole = whole.crop((crop.left, crop.top, crop.left + 32, crop.top + 32))
+        apart = (samples.pixels(crop).permute(1, 2, 0).numpy() + 1) * 127.5 - np.asarray(whole, dtype=np.float32)
+        # At a tie, the last two take one neighbour or the other.
+        assert (np.abs(apart) > 2.01).mean() <= (0.05 if mode in ("box", "nearest") else 0)
+
+
+@linux
+def test_a_thin_picture_takes_little_memory(tmp_path):
+    """Of 4000 x 1 pixels, no more than the crop is resized: as a whole they would take 4 GiB at 512."""
+    samples = samples_of(ramp(tmp_path / "x", 4000, 1), "--resolution", 512)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        assert pool.submit(growth, samples).result(timeout=60) < 100
+
+
+def growth(samples):
+    """By how many MiB the memory of this process grows at most for a sample."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert samples.pixels(samples.choose_crop((0, 0))).shape == (3, 512, 512)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
 def test_random_crop(tmp_path):

@@ -324,6 +324,19 @@ def parsed(*flags):
     return script.parse_args([str(flag) for flag in (*base, "--instance_prompt", INSTANCE, *flags)])
 
 
+def test_a_caption_that_cannot_be_read_is_not_the_prompt(trainer, subject, tmp_path):
+    """A picture whose caption became unreadable is bad, also if the picture was checked before, and has no other."""
+    folder = shutil.copytree(subject, tmp_path / "subject")
+    train = trainer(script, "--instance_data_dir", folder, "--instance_prompt", INSTANCE, "--max_train_steps", 1)
+    (folder / "000.txt").write_text("a café", encoding="utf-8")
+    train("out")
+    (folder / "000.txt").write_text("a café", encoding="latin-1")
+    with pytest.raises(
+        SystemExit, match="1 of 5 pictures cannot be used:\n.*000.png has a caption in 000.txt that cannot"
+    ):
+        train("again")
+
+
 def test_captions_beside_the_prompt(subject, tmp_path):
     """A picture's own caption, in a metadata file or beside it, goes before --instance_prompt."""
     folder = shutil.copytree(subject, tmp_path / "subject")
@@ -333,8 +346,9 @@ def test_captions_beside_the_prompt(subject, tmp_path):
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / names[3]).with_suffix(".txt").write_text("by text file\n")
     (folder / "notes.txt").write_text("no caption of any picture")
+    (folder / "METADATA.CSV").write_text(f"file_name,text\n{names[1]},three\n")
     records = script.read_records(parsed("--instance_data_dir", folder))
-    captions = [["by metadata"], ["one", "two"], [INSTANCE], ["by text file"], [INSTANCE]]
+    captions = [["by metadata"], ["three", "one", "two"], [INSTANCE], ["by text file"], [INSTANCE]]
     assert [record["captions"] for record in records] == captions
     assert [record["name"] for record in records] == [str(folder / name) for name in names]
     (tmp_path / "empty").mkdir()

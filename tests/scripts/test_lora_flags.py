@@ -85,6 +85,7 @@ def test_captions_of_a_subject(tiny_model, tmp_path, hub):
     folder = make_pictures(tmp_path / "folder", count=3)
     (folder / "metadata.jsonl").unlink()
     (folder / "001.txt").write_text("a sks in snow")
+    (folder / "urls.parquet").write_bytes(b"passed over, as there are pictures")
     prompt = ("--instance_prompt", "a sks")
     wanted = [["a sks"], ["a sks in snow"], ["a sks"]]
     for flag in ("--instance_data_dir", "--train_data_dir"):

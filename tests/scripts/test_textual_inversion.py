@@ -311,8 +311,8 @@ def test_grids_of_one_prompt(train, seen):
     assert f"- a {WORD}\n" in (out / "README.md").read_text()
 
 
-def test_captions_and_other_files_are_not_read(train, pictures, tmp_path):
-    """Pictures are all that is read of the folder: no captions, and nothing that is no picture."""
+def test_captions_and_other_files_are_not_read(train, pictures, tmp_path, capsys):
+    """Pictures are all that is read of the folder: captions, and whatever is no picture, are only counted."""
     bare = tmp_path / "bare"
     bare.mkdir()
     for file in pictures.glob("*.[jp]*g"):
@@ -321,6 +321,7 @@ def test_captions_and_other_files_are_not_read(train, pictures, tmp_path):
     (bare / "000.txt").write_bytes(b"\xff\xff not text")
     (bare / "metadata.jsonl").write_text("{torn")
     out = train("out", "--train_data_dir", bare)
+    assert "passed over: 1 .txt, 1 .jsonl\n" in capsys.readouterr().out
     assert torch.equal(vectors(out), vectors(train("captioned")))
 
 

@@ -308,17 +308,19 @@ def test_unusable_models_are_refused(train, tiny_model, base, tmp_path):
 # Data.
 
 
-def test_captions_do_not_matter(train, pictures, tmp_path):
-    """Neither metadata nor .txt files are read: a folder of nothing but pictures gives the same weights."""
+def test_captions_do_not_matter(train, pictures, tmp_path, capsys):
+    """Metadata, .txt and parquet files beside pictures are only counted: the pictures alone give the same weights."""
     plain, torn = tmp_path / "plain", tmp_path / "torn"
     for folder in (plain, torn):
         shutil.copytree(pictures, folder)
         (folder / "metadata.jsonl").unlink()
     (torn / "metadata.jsonl").write_text('{"file_name": "not there.png"}\n{')
     (torn / "000.txt").write_bytes(b"\xff")
+    (torn / "urls.parquet").write_bytes(b"x")
     wanted = weights(train("wanted"))
     for folder in (plain, torn):
         assert same(weights(train(f"of-{folder.name}", "--train_data_dir", folder)), wanted)
+    assert "passed over: 1 .txt, 1 .jsonl, 1 .parquet\n" in capsys.readouterr().out
 
 
 def test_parquet_with_another_column(train, pictures, tmp_path):

@@ -5,6 +5,7 @@ import inspect
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,6 +35,15 @@ import train_lora
 def train(trainer, subject):
     """Trains two steps on a subject."""
     return trainer(script, "--max_train_steps", 2, "--instance_data_dir", subject, "--instance_prompt", INSTANCE)
+
+
+def test_what_is_no_class_picture_is_counted(classes, tmp_path, capsys):
+    """What stands among the class pictures and is not read is counted, before others are drawn in its place."""
+    folder = shutil.copytree(classes, tmp_path / "class")
+    (folder / "mine.heic").write_bytes(b"x")
+    args = SimpleNamespace(class_data_dir=str(folder), class_prompt=CLASS, num_class_images=9)
+    assert len(script.missing_class_pictures(args)) == 1
+    assert capsys.readouterr().out == "passed over: 1 .heic\n"
 
 
 # The loss.
