@@ -1340,7 +1340,7 @@ def execute(args, accelerator, stop, lock):
     check_weights(run, models)
     on_main_process(run, save_result, run, models)
     on_main_process(run, write_model_card, run, models, repo_id)
-    on_main_process(run, write_state, run, Path(args.output_dir))  # last: has_ended takes it for the end
+    on_main_process(run, mark_end, run)
     code = loading_code(run, models, str(Path(args.output_dir).resolve()))
     accelerator.print(f"The result is in {args.output_dir}. To load it:\n\n{code}\n")
     stop.exit_if_asked()
@@ -1951,11 +1951,11 @@ def write_checkpoint(run, models, folder):
         if models.ema_unet is not None:
             models.ema_unet.save_pretrained(folder / "unet_ema")
         shutil.copy(Path(run.args.output_dir, run.args.logging_dir, "metrics.jsonl"), folder)
-        write_state(run, folder)
+        (folder / "state.json").write_text(state_text(run))
 
 
-def write_state(run, folder):
-    """Writes state.json: what a run that goes on from here, or has ended here, must know."""
+def state_text(run):
+    """Returns what a run that goes on from here must know, as JSON."""
     state = {
         "global_step": run.global_step,
         "optimizer_steps": run.optimizer_steps,
@@ -1964,7 +1964,12 @@ def write_state(run, folder):
         "identity": run.identity,
         "settings": run.settings(),
     }
-    replace_file(folder / "state.json", json.dumps(state).encode())
+    return json.dumps(state)
+
+
+def mark_end(run):
+    """Writes state.json beside the result, by which has_ended knows that the run has ended, and when."""
+    replace_file(Path(run.args.output_dir, "state.json"), state_text(run).encode())
 
 
 def numbered_checkpoints(output_dir):
@@ -1992,11 +1997,11 @@ def is_whole(checkpoint):
 
 
 def remove(path):
-    """Deletes a folder or a file, if it is there; of a link, the link alone."""
+    """Deletes a folder or a file; of a link, the link alone."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
-        path.unlink(missing_ok=True)
+        path.unlink()
 
 
 def flush(*paths):
@@ -2014,7 +2019,8 @@ def seal_checkpoint(folder, target, limit):
     checksums = {str(file.relative_to(folder)): checksum(file) for file in folder.rglob("*") if file.is_file()}
     (folder / "manifest.json").write_text(json.dumps(checksums))
     flush(*folder.rglob("*"), folder)
-    remove(target)  # torn since
+    if target.exists():  # torn since
+        remove(target)
     os.replace(folder, target)
     flush(target.parent)
     checkpoints = numbered_checkpoints(target.parent)
@@ -2090,6 +2096,7 @@ def has_ended(run):
     taken = read_state(output_dir)["global_step"]
     if taken >= run.max_train_steps:
         print(f"The run in {output_dir} has ended after {taken} steps: there is none left to take.")
+        print("To start anew and delete what it left, give --overwrite_output_dir.")
         return True
     if not run.global_step:
         raise SystemExit(
@@ -2373,7 +2380,7 @@ def write_train_args(run):
 def prepare_folder(run, checkpoint):
     """Makes the output folder ready: nothing left of others, the metrics so far, train_args.yaml."""
     clear_folder(run)
-    remove(Path(run.args.output_dir, "state.json"))  # the run has not ended, or goes on
+    Path(run.args.output_dir, "state.json").unlink(missing_ok=True)  # the run has not ended, or goes on
     Path(run.args.output_dir, "samples").mkdir(parents=True, exist_ok=True)
     metrics = (checkpoint / "metrics.jsonl").read_bytes() if checkpoint else b""
     replace_file(Path(run.args.output_dir, run.args.logging_dir, "metrics.jsonl"), metrics)
@@ -2383,6 +2390,8 @@ def prepare_folder(run, checkpoint):
 def start_trackers(run, checkpoint):
     """Starts the trackers, or goes on with those of the checkpoint's run."""
     args = run.args
+    if run.accelerator.is_main_process:
+        Path(args.output_dir, args.logging_dir).mkdir(parents=True, exist_ok=True)
     if args.hub_token:  # wandb keeps the command line
         sys.argv = [argument.replace(args.hub_token, "***") for argument in sys.argv]
     config = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in run.settings().items()}
@@ -2438,12 +2447,13 @@ class Output:
 
 def take_folder(args, lock):
     """Makes the output folder, and keeps other runs out of it until this process ends, however it ends."""
-    output_dir = args.output_dir
-    Path(output_dir, args.logging_dir).mkdir(parents=True, exist_ok=True)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise SystemExit(f"Another run is at work in {output_dir}: let it end, stop it, or take another --output_dir.")
+        raise SystemExit(
+            f"Another run is at work in {args.output_dir}: let it end, stop it, or take another --output_dir."
+        )
 
 
 def main(args):

@@ -131,7 +131,9 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(start, command, tmp_
     process = start(command(out, *steps), watched=out)
     assert process.wait() == 0, process.output()
     changes = [line.split(" ") for line in Path(f"{process.log}.changes").read_text().splitlines()]
-    renamed = [i for i, words in enumerate(changes) if words[0] == "os.rename" and "checkpoint-" in words[2]]
+    renamed = [
+        i for i, words in enumerate(changes) if words[0] == "os.rename" and words[2].startswith(f"{out}/checkpoint-")
+    ]
     assert [changes[i][2] for i in renamed] == [f"{out}/checkpoint-{step}" for step in (1, 2, 3)]
     for i in renamed:
         before, (_, beside, target) = changes[:i], changes[i]

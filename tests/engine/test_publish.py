@@ -66,7 +66,7 @@ def waits(monkeypatch):
 
 def published(output):
     """The files of an output folder that are for others."""
-    private = ("checkpoint-", "logs/", "train_args.yaml")
+    private = (".lock", "checkpoint-", "logs/", "state.json", "train_args.yaml")
     return {name: data for name, data in files_in(output).items() if not name.startswith(private)}
 
 

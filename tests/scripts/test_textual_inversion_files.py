@@ -171,7 +171,7 @@ def test_without_the_flag_there_is_no_pipeline(train):
     """The result is the file alone, of some hundred bytes, with its card."""
     out = train("out")
     assert {path.name for path in out.iterdir()} == {
-        "README.md", "learned_embeds.safetensors", "logs", "samples", "train_args.yaml",
+        ".lock", "README.md", "learned_embeds.safetensors", "logs", "samples", "state.json", "train_args.yaml",
     }  # fmt: skip
     assert (out / "learned_embeds.safetensors").stat().st_size < 1000
 
@@ -212,5 +212,5 @@ def test_push_the_vectors(hub, train):
     files = hub.repos["me/whole"]["files"]
     local = {str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file()}
     assert {*files} - {".gitattributes"} == {
-        name for name in local if not name.startswith(("checkpoint-", "logs/", "train_args"))
+        name for name in local if not name.startswith((".lock", "checkpoint-", "logs/", "state", "train_args"))
     }
