@@ -196,7 +196,7 @@ def stable_diffusion_problems(args):
     noise_alone = "--rescale_betas_zero_snr ends the schedule in noise alone: take --prediction_type v_prediction"
     return [
         (pickled, f"{flag} {base} is a pickle, which can run any code as it loads: convert it to .safetensors"),
-        (single_file and not Path(base).is_file(), f"{flag} {base} is not a file"),
+        (single_file and not os.path.isfile(base), f"{flag} {base} is not a file"),
         (not single_file and not may_be_model(base), f"{flag} {base} {nowhere}"),
         (single_file and on_hub, f"--revision and --variant are for the Hub, and {base} is a file"),
         (config and not single_file, f"--single_file_config needs a .safetensors file, not {base}"),
@@ -278,7 +278,7 @@ def prior_problems(args, folder):
         (not prior and (classes or args.class_prompt), f"{of_class} need --with_prior_preservation"),
         (nested, f"neither of --class_data_dir {classes} and {folder} may lie in the other"),
         (lies_in(args.output_dir, classes), "--output_dir lies in --class_data_dir: take one beside it"),
-        (classes and Path(classes).is_file(), f"--class_data_dir {classes} is a file"),
+        (classes and os.path.isfile(classes), f"--class_data_dir {classes} is a file"),
         (cleared, "--class_data_dir lies in --output_dir, where --overwrite_output_dir deletes: move it elsewhere"),
     ]
 
@@ -500,20 +500,20 @@ def add_saving_flags(parser):
 
 def lies_in(path, folder):
     """Tells whether a path is a folder, or lies somewhere in it; neither need be given."""
-    return bool(path and folder) and Path(path).resolve().is_relative_to(Path(folder).resolve())
+    return bool(path and folder) and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def may_be_model(path):
     """Tells whether a path is a folder or, by its form, a repository of the Hub."""
     by_its_form = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) and not path.endswith(".safetensors")
-    return Path(path).is_dir() or bool(by_its_form)
+    return os.path.isdir(path) or bool(by_its_form)
 
 
 def is_writable(folder):
     """Tells whether a folder can be written to or, if there is none, made."""
     places = (Path(folder), *Path(folder).absolute().parents)
     nearest = next(place for place in places if os.path.lexists(place))
-    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+    return os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK)
 
 
 def cache_folder(args):
@@ -526,7 +526,7 @@ def folder_problems(args, flag, folder):
     """Lists what can be wrong with the folder of the pictures, if that is how they are given."""
     cleared = args.overwrite_output_dir and lies_in(folder, args.output_dir)
     return [
-        (folder and not Path(folder).is_dir(), f"{flag} {folder} is not a folder"),
+        (folder and not os.path.isdir(folder), f"{flag} {folder} is not a folder"),
         (lies_in(args.output_dir, folder), f"--output_dir lies in {folder}: its samples would be trained on"),
         (cleared, f"{flag} {folder} lies in --output_dir, where --overwrite_output_dir deletes: move it elsewhere"),
     ]
@@ -534,7 +534,7 @@ def folder_problems(args, flag, folder):
 
 def model_problems(args, flag, path):
     """Lists what can be wrong with where a model lies that is read, if it is on this machine."""
-    here = path and Path(path).exists()
+    here = path and os.path.exists(path)
     nested = here and (lies_in(path, args.output_dir) or lies_in(args.output_dir, path))
     return [(nested, f"{flag} {path} would be overwritten: neither it nor --output_dir may lie in the other")]
 
@@ -542,7 +542,7 @@ def model_problems(args, flag, path):
 def common_problems(args):
     """Lists what can be wrong with the flags that every script has: (whether it is wrong, the sentence to say)."""
     resume, output_dir, cache = args.resume_from_checkpoint, args.output_dir, cache_folder(args)
-    resumable = resume in (None, "latest") or Path(resume).is_dir() or Path(output_dir, resume).is_dir()
+    resumable = resume in (None, "latest") or os.path.isdir(resume) or os.path.isdir(Path(output_dir, resume))
     logs_apart = not lies_in(Path(output_dir, args.logging_dir), output_dir)
     homeless = cache.parts[0] == "~"  # which could not be expanded
     uncached = not args.no_encoding_cache and (homeless or not is_writable(cache))
@@ -592,7 +592,7 @@ def config_values(parser, path):
     try:
         root = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:  # which would show the line, and the token that may stand there
-        problem = re.sub(r" '[!\w].*", "", error.problem)
+        problem = re.sub(r" '(!|-*\w).*", "", error.problem)
         raise argparse.ArgumentError(None, f"line {error.problem_mark.line + 1} is not YAML: {problem}")
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise argparse.ArgumentError(None, f"it cannot be read: {str(error).splitlines()[0]}")

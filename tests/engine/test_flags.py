@@ -403,3 +403,95 @@ def test_needed(capsys, name):
     """A flag that a run cannot do without is asked for by name."""
     assert f"--{name}" in refusal(capsys, typed(needed(name)))
     assert f"--{name}" in refusal(capsys, written({name: None}) + typed(needed(name)))
+
+
+def test_the_usage_is_not_in_the_way():
+    """A mistake is the first that is said, and the flags are listed for --help alone."""
+    command = [sys.executable, ROOT / "train_text_to_image.py", "--max_train_step", "5", *typed(needed())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    says = "train_text_to_image.py: error: unrecognized argument --max_train_step: did you mean --max_train_steps?"
+    assert done.stderr.splitlines() == [says, "See --help for the flags."]
+
+
+# The token of the Hub.
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hub_token: hf_secret: x",
+        "hub_token: 'hf_secret",
+        "hub_token: *hf_secret",
+        "hub_token: *-hf_secret",
+        "hub_token: !hf_secret!x y",
+        "hub_token: &hf_secret &hf_secret x",
+        "hub_token: %hf_secret",
+        "hub_token: @hf_secret",
+        "hub_token: [hf_secret]",
+        "hub_token: {hf_secret: x}",
+        "hub_token hf_secret",
+        "hub_token=hf_secret",
+        "hub_tokn: hf_secret",
+    ],
+)
+def test_no_refusal_of_a_config_shows_the_token(capsys, text):
+    """However the line of the token is wrong, its number is said, or its flag, and not what stands there."""
+    sentence = refusal(capsys, written(f"seed: 1\n{text}\n") + typed(needed()))
+    assert "secret" not in sentence and ("line" in sentence or "--hub_tok" in sentence)
+
+
+@pytest.mark.parametrize("words", ["--hub_tokn hf_secret", "--hub_tokn=hf_secret", "--hub-token hf_secret"])
+def test_no_refusal_of_the_command_line_shows_the_token(capsys, words):
+    """Of flags that are unknown, their values are not said."""
+    sentence = refusal(capsys, typed(needed()) + words.split())
+    assert "secret" not in sentence and "did you mean --hub_token?" in sentence
+
+
+@pytest.mark.parametrize("words", ["--hub_token hf_secret", "--hub_token=hf_secret"])
+def test_a_token_on_the_command_line_is_warned_of(capsys, words):
+    """One is told of better places for the token, in a line that does not hold it; a config file is one of them."""
+    script.parse_args(typed(needed()) + words.split())
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "hf auth login" in warning and "HF_TOKEN" in warning and "secret" not in warning
+    assert script.parse_args(written("hub_token: hf_secret") + typed(needed())).hub_token == "hf_secret"
+    assert capsys.readouterr().err == ""
+
+
+# Folders.
+
+
+@pytest.mark.parametrize("home", [None, "/proc/sys"])
+def test_no_home(capsys, monkeypatch, tmp_path, home):
+    """Where no cache folder can be had, one is asked for; with one, or without a cache, no home is needed."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    if home:
+        monkeypatch.setenv("HOME", home)
+    else:
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr("os.getuid", lambda: 2**31 - 5)  # whom no line of passwd names
+    sentence = refusal(capsys, typed(needed()))
+    assert "--encoding_cache_dir" in sentence and "--no_encoding_cache" in sentence
+    args = script.parse_args(typed({**needed(), "encoding_cache_dir": "cache"}))
+    assert str(script.cache_folder(args)) == "cache"
+    args = script.parse_args(typed({**needed(), "no_encoding_cache": True}))
+    assert script.read_manifest(script.cache_folder(args) / "checked") == {}
+
+
+def test_empty_cache_home(monkeypatch):
+    """An empty XDG_CACHE_HOME counts as none."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", "/tmp/me")
+    folder = script.cache_folder(script.parse_args(typed(needed())))
+    assert str(folder) == "/tmp/me/.cache/diffusion-training"
+
+
+def test_a_folder_that_goes_in_circles(capsys, tmp_path):
+    """A link to itself is no folder to write to."""
+    (tmp_path / "circle").symlink_to("circle")
+    assert "--output_dir circle is no folder" in refusal(capsys, [*typed(needed()), "--output_dir", "circle"])
+
+
+def test_a_name_too_long_for_a_disk(capsys):
+    """What the system will not even look up is not there."""
+    for flag in ("train_data_dir", "resume_from_checkpoint"):
+        assert f"--{flag} " in refusal(capsys, [*typed(needed()), f"--{flag}", "a" * 300])
