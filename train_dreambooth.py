@@ -306,10 +306,10 @@ REPLACES = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the flags, and does not list them all."""
+    """Says what is wrong with the flags, without listing them all."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\nSee --help for the flags.\n")
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 class HelpFormatter(argparse.HelpFormatter):
