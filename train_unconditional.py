@@ -189,7 +189,7 @@ def read_rows(args, files, columns):
 #       what can be wrong with those: (whether it is wrong, the sentence to say) [[]]; it may fill in what is None
 
 
-def bounded(text, kind, low, high=10**12):
+def bounded(text, kind, low, high=sys.float_info.max):
     """Parses a number of some kind, int or float, that is neither below low nor above high."""
     with contextlib.suppress(ValueError):
         if low <= kind(text) <= high:
@@ -211,8 +211,8 @@ def path_name(words):
     return text_of(words)
 
 
-positive_int = functools.partial(bounded, kind=int, low=1)
-natural_int = functools.partial(bounded, kind=int, low=0)
+positive_int = functools.partial(bounded, kind=int, low=1, high=10**12)
+natural_int = functools.partial(bounded, kind=int, low=0, high=10**12)
 positive_float = functools.partial(bounded, kind=float, low=1e-6)
 non_negative = functools.partial(bounded, kind=float, low=0.0)
 fraction = functools.partial(bounded, kind=float, low=0.0, high=1.0)

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,7 +71,7 @@ def values_of(name, action):
         return st.booleans()
     if limits:
         kind = {int: st.integers, float: st.floats}[limits["kind"]]
-        return kind(limits["low"], limits.get("high", 10**12))
+        return kind(limits["low"], limits.get("high", sys.float_info.max))
     if name.endswith(PATHS):
         return NAME.map(lambda text: f"{text}.{name}")
     if name == "placeholder_token":
