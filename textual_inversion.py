@@ -23,6 +23,7 @@ import contextlib
 import csv
 import ctypes
 import dataclasses
+import difflib
 import functools
 import hashlib
 import inspect
@@ -78,7 +79,7 @@ def add_flags(parser):
     add("--initializer_token", required=True, help="known words; the vectors start from their tokens, in turn")
     add("--num_vectors", type=positive_int, default=1, help="vectors that the new word stands for")
     add("--learnable_property", default="object", choices=["object", "style"], help="what the pictures show")
-    add("--train_data_dir", help="folder of pictures (their captions are not read)")
+    add("--train_data_dir", type=path_name, help="folder of pictures (their captions are not read)")
 
     add = parser.add_argument_group("result").add_argument
     add("--save_steps", type=natural_int, default=500, help="optimizer steps between copies of the vectors; 0: none")
@@ -102,14 +103,17 @@ def check_flags(args):
 def add_stable_diffusion_flags(parser):
     """Adds the flags of the base model, of its noise schedule and of the sample grids."""
     add = parser.add_argument_group("Stable Diffusion").add_argument
-    add("--pretrained_model_name_or_path", required=True, help="base model: diffusers folder or Hub id (or a file)")
-    add("--pretrained_vae_model_name_or_path", help="a VAE to use instead of the base model's: a folder or a Hub id")
-    add("--single_file_config", help="folder or Hub id with the configs of a base that is a file")
+    base = "base model: diffusers folder or Hub id (or a file)"
+    vae = "a VAE to use instead of the base model's: a folder or a Hub id"
+    config = "folder or Hub id with the configs of a base that is a file"
+    add("--pretrained_model_name_or_path", type=path_name, required=True, help=base)
+    add("--pretrained_vae_model_name_or_path", type=path_name, help=vae)
+    add("--single_file_config", type=path_name, help=config)
     add("--resolution", type=positive_int, help="side of the square pictures in pixels (1024 for SDXL, 512 otherwise)")
     add("--rescale_betas_zero_snr", **switch, help="end the noise schedule in noise alone (arXiv:2305.08891)")
     add("--validation_prompts", nargs="+", help="prompts of the sample grids")
     add("--validation_prompt", help="prompt of the sample grids")
-    add("--num_validation_images", type=positive_int, default=4, help="pictures of --validation_prompt in a grid")
+    add("--num_validation_images", type=natural_int, default=4, help="pictures of --validation_prompt; 0: none")
 
 
 def stable_diffusion_problems(args):
@@ -123,7 +127,7 @@ def stable_diffusion_problems(args):
     noise_alone = "--rescale_betas_zero_snr ends the schedule in noise alone: take --prediction_type v_prediction"
     return [
         (pickled, f"{flag} {base} is a pickle, which can run any code as it loads: convert it to .safetensors"),
-        (single_file and not Path(base).is_file(), f"{flag} {base} is not a file"),
+        (single_file and not os.path.isfile(base), f"{flag} {base} is not a file"),
         (not single_file and not may_be_model(base), f"{flag} {base} {nowhere}"),
         (single_file and on_hub, f"--revision and --variant are for the Hub, and {base} is a file"),
         (config and not single_file, f"--single_file_config needs a .safetensors file, not {base}"),
@@ -154,7 +158,7 @@ def stable_diffusion_problems(args):
 #       what can be wrong with those: (whether it is wrong, the sentence to say) [[]]; it may fill in what is None
 
 
-def bounded(text, kind, low, high=math.inf):
+def bounded(text, kind, low, high=sys.float_info.max):
     """Parses a number of some kind, int or float, that is neither below low nor above high."""
     with contextlib.suppress(ValueError):
         if low <= kind(text) <= high:
@@ -162,15 +166,33 @@ def bounded(text, kind, low, high=math.inf):
     raise argparse.ArgumentTypeError(f"must be a number of type {kind.__name__} from {low} to {high}, not {text}")
 
 
-positive_int = functools.partial(bounded, kind=int, low=1)
-natural_int = functools.partial(bounded, kind=int, low=0)
+def text_of(words):
+    """Takes a text that files can hold."""
+    if re.search("[\0\ud800-\udfff]", words):
+        raise argparse.ArgumentTypeError("must be text in UTF-8, without null bytes")
+    return words
+
+
+def path_name(words):
+    """Takes the name of a file or a folder."""
+    if not words or words.startswith("~/"):
+        raise argparse.ArgumentTypeError(f"must be a path, with the home folder written out, not {words!r}")
+    return text_of(words)
+
+
+positive_int = functools.partial(bounded, kind=int, low=1, high=10**12)
+natural_int = functools.partial(bounded, kind=int, low=0, high=10**12)
 positive_float = functools.partial(bounded, kind=float, low=1e-6)
 non_negative = functools.partial(bounded, kind=float, low=0.0)
 fraction = functools.partial(bounded, kind=float, low=0.0, high=1.0)
 below_one = functools.partial(bounded, kind=float, low=0.0, high=0.999999)
+seed_number = functools.partial(bounded, kind=int, low=0, high=2**64 - 1)
 switch = {"action": argparse.BooleanOptionalAction, "default": False}
 TRACKERS = ["tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio"]
 TRACKERS += ["all", "none"]
+SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "timestamp")}
+SHOWN_TOKEN = "--hub_token: the machine's other users, and accelerate launch's error messages, show the command line. "
+SHOWN_TOKEN += "Rather log in with `hf auth login`, or set HF_TOKEN."
 # Flags that say the same in other words, so that one counts.
 REPLACES = {
     "validation_steps": "validation_epochs",
@@ -178,6 +200,13 @@ REPLACES = {
     "num_train_epochs": "max_train_steps",
     "max_train_steps": "num_train_epochs",
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the flags, without listing them all."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -195,7 +224,7 @@ def add_common_flags(parser):
     add = parser.add_argument_group("model").add_argument
     add("--revision", help="branch, tag or commit of the base model on the Hub")
     add("--variant", help="variant of the base model's weight files, such as fp16")
-    add("--cache_dir", help="where downloads from the Hub are kept")
+    add("--cache_dir", type=path_name, help="where downloads from the Hub are kept")
 
     add = parser.add_argument_group("pictures").add_argument
     add("--max_train_samples", type=positive_int, help="train on so many pictures, drawn by the seed")
@@ -205,14 +234,15 @@ def add_common_flags(parser):
     filters = ["lanczos", "bicubic", "bilinear", "box", "hamming", "nearest", "nearest_exact"]
     add("--image_interpolation_mode", default="lanczos", choices=filters, help="filter that resizes the pictures")
     add("--on_bad_image", default="error", choices=["error", "skip"], help="what to do about unusable pictures")
-    add("--encoding_cache_dir", help="where checks, latents and embeddings are kept (~/.cache/diffusion-training)")
+    cache = "where checks, latents and embeddings are kept (~/.cache/diffusion-training)"
+    add("--encoding_cache_dir", type=path_name, help=cache)
     add("--no_encoding_cache", **switch, help="keep none of them, and run the frozen models in every step")
     add("--dataloader_num_workers", type=natural_int, default=0, help="processes that load pictures")
 
     add = parser.add_argument_group("training").add_argument
-    add("--output_dir", help="folder for the result, samples, logs and checkpoints")
+    add("--output_dir", type=path_name, help="folder for the result, samples, logs and checkpoints")
     add("--overwrite_output_dir", **switch, help="start anew in a folder that holds a run, deleting what it left")
-    add("--seed", type=natural_int, help="seed of every random draw (default: one is drawn and recorded)")
+    add("--seed", type=seed_number, help="seed of every random draw (default: one is drawn and recorded)")
     add("--train_batch_size", type=positive_int, help="pictures per process and forward pass")
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="forward passes per optimizer step")
     add("--num_train_epochs", type=positive_int, help="passes over the data, without --max_train_steps")
@@ -250,7 +280,8 @@ def add_common_flags(parser):
     add = parser.add_argument_group("logging").add_argument
     add("--report_to", default="tensorboard", choices=TRACKERS, help="experiment tracker")
     add("--tracker_project_name", help="name of the project in the tracker")
-    add("--logging_dir", default="logs", help="folder of metrics.jsonl and the tracker's files, in --output_dir")
+    logs = "folder of metrics.jsonl and the tracker's files, in --output_dir"
+    add("--logging_dir", type=path_name, default="logs", help=logs)
 
 
 def add_saving_flags(parser):
@@ -258,7 +289,8 @@ def add_saving_flags(parser):
     add = parser.add_argument_group("checkpoints and publishing").add_argument
     add("--checkpointing_steps", type=natural_int, default=500, help="optimizer steps between checkpoints; 0: none")
     add("--checkpoints_total_limit", type=positive_int, help="checkpoints to keep, the newest")
-    add("--resume_from_checkpoint", help="a checkpoint's path, or 'latest' for the newest whole one of --output_dir")
+    checkpoint = "a checkpoint's path, or 'latest' for the newest whole one of --output_dir"
+    add("--resume_from_checkpoint", type=path_name, help=checkpoint)
     add("--push_to_hub", **switch, help="upload the result to the Hub")
     add("--hub_model_id", help="repository to upload to (default: the name of --output_dir)")
     add("--hub_token", help="token for the upload (default: your login)")
@@ -267,20 +299,33 @@ def add_saving_flags(parser):
 
 def lies_in(path, folder):
     """Tells whether a path is a folder, or lies somewhere in it; neither need be given."""
-    return bool(path and folder) and Path(path).resolve().is_relative_to(Path(folder).resolve())
+    return bool(path and folder) and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def may_be_model(path):
     """Tells whether a path is a folder or, by its form, a repository of the Hub."""
     by_its_form = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) and not path.endswith(".safetensors")
-    return Path(path).is_dir() or bool(by_its_form)
+    return os.path.isdir(path) or bool(by_its_form)
+
+
+def is_writable(folder):
+    """Tells whether a folder can be written to or, if there is none, made."""
+    places = (Path(folder), *Path(folder).absolute().parents)
+    nearest = next(place for place in places if os.path.lexists(place))
+    return os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK)
+
+
+def cache_folder(args):
+    """Where this machine keeps checked pictures, latents and embeddings between runs."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(args.encoding_cache_dir or Path(home, "diffusion-training"))
 
 
 def folder_problems(args, flag, folder):
     """Lists what can be wrong with the folder of the pictures, if that is how they are given."""
     cleared = args.overwrite_output_dir and lies_in(folder, args.output_dir)
     return [
-        (folder and not Path(folder).is_dir(), f"{flag} {folder} is not a folder"),
+        (folder and not os.path.isdir(folder), f"{flag} {folder} is not a folder"),
         (lies_in(args.output_dir, folder), f"--output_dir lies in {folder}: its samples would be trained on"),
         (cleared, f"{flag} {folder} lies in --output_dir, where --overwrite_output_dir deletes: move it elsewhere"),
     ]
@@ -288,72 +333,130 @@ def folder_problems(args, flag, folder):
 
 def model_problems(args, flag, path):
     """Lists what can be wrong with where a model lies that is read, if it is on this machine."""
-    here = path and Path(path).exists()
+    here = path and os.path.exists(path)
     nested = here and (lies_in(path, args.output_dir) or lies_in(args.output_dir, path))
     return [(nested, f"{flag} {path} would be overwritten: neither it nor --output_dir may lie in the other")]
 
 
 def common_problems(args):
     """Lists what can be wrong with the flags that every script has: (whether it is wrong, the sentence to say)."""
-    resume = args.resume_from_checkpoint
-    resumable = resume in (None, "latest") or Path(resume).is_dir() or Path(args.output_dir, resume).is_dir()
+    resume, output_dir, cache = args.resume_from_checkpoint, args.output_dir, cache_folder(args)
+    resumable = resume in (None, "latest") or os.path.isdir(resume) or os.path.isdir(Path(output_dir, resume))
+    logs_apart = not lies_in(Path(output_dir, args.logging_dir), output_dir)
+    homeless = cache.parts[0] == "~"  # which could not be expanded
+    uncached = not args.no_encoding_cache and (homeless or not is_writable(cache))
     either_validation = "give --validation_steps or --validation_epochs, not both"
     either_start = "give --overwrite_output_dir or --resume_from_checkpoint, not both"
+    inside = "has to lie in --output_dir, apart from other runs: tensorboard --logdir takes the folder above them all"
+    otherwise = "take another one by --encoding_cache_dir, or none by --no_encoding_cache"
     return [
+        (not is_writable(output_dir), f"--output_dir {output_dir} is no folder that can be made or written to"),
+        (logs_apart, f"--logging_dir {args.logging_dir} {inside}"),
+        (uncached, f"the cache folder {cache} cannot be made or written to: {otherwise}"),
         (args.resolution and args.resolution % 8, f"--resolution {args.resolution} is not a multiple of 8"),
         (args.validation_steps and args.validation_epochs, either_validation),
         (args.overwrite_output_dir and resume, either_start),
-        (not resumable, f"--resume_from_checkpoint {resume} is no folder, neither here nor in {args.output_dir}"),
+        (not resumable, f"--resume_from_checkpoint {resume} is no folder, neither here nor in {output_dir}"),
     ]
 
 
-def read_config(parser, argv):
-    """Returns the flags of the YAML file of --config, if there is one, and of the command line, which wins."""
-    first = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    first.add_argument("--config")
-    path, flags = first.parse_known_args(argv)[0].config, []
+def unrecognized(flag, flags):
+    """Says that a flag is none of those, and which of them may have been meant."""
+    close = difflib.get_close_matches(flag, flags, n=1)
+    return f"unrecognized argument {flag}" + (f": did you mean {close[0]}?" if close else "")
+
+
+def config_value(parser, action, node):
+    """Makes a flag's value of what stands in a config file, as of a typed word; None if nothing stands there."""
+    kind = node.tag.removeprefix("tag:yaml.org,2002:")
+    if kind == "null":
+        return None
+    if action.nargs == 0:
+        on = yaml.SafeLoader.bool_values.get(str(node.value).lower()) if kind == "bool" else None
+        if on is None:
+            raise argparse.ArgumentError(action, "must be true or false")
+        return on if action.const is None else action.const if on else None
+    several = action.nargs == "+"
+    nodes = node.value if several and kind == "seq" else [node]
+    if not nodes or not all(one.id == "scalar" and one.tag in SCALARS for one in nodes):
+        raise argparse.ArgumentError(action, "must be a list of texts" if several else "must be a single value")
+    values = [parser._get_value(action, one.value) for one in nodes]
+    for value in values:
+        parser._check_value(action, value)
+    return values if several else values[0]
+
+
+def config_values(parser, path):
+    """Returns what a YAML file of flags says, by the names of the flags."""
     try:
-        config = dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}) if path else {}
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-        parser.error(f"--config {path} is not a readable file of 'flag: value' lines: {error}")
+        root = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:  # which would show the line, and the token that may stand there
+        problem = re.sub(r" '(!|-*\w).*", "", error.problem)
+        raise argparse.ArgumentError(None, f"line {error.problem_mark.line + 1} is not YAML: {problem}")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise argparse.ArgumentError(None, f"it cannot be read: {str(error).splitlines()[0]}")
+    if root is None:
+        return {}
+    if root.id != "mapping" or any(key.id != "scalar" for key, _ in root.value):
+        raise argparse.ArgumentError(None, "it does not consist of 'flag: value' lines")
+    flags = {action.option_strings[0]: action for action in parser._actions if action.dest != "config"}
+    values = {}
+    for key, node in root.value:
+        flag = f"--{key.value}"
+        if flag in REFUSED:
+            raise argparse.ArgumentError(None, f"{flag}: {REFUSED[flag]}")
+        if flag not in flags:
+            raise argparse.ArgumentError(None, unrecognized(flag, flags))
+        if flags[flag].dest in values:
+            raise argparse.ArgumentError(None, f"{flag} is given twice")
+        values[flags[flag].dest] = config_value(parser, flags[flag], node)
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def read_config(parser, argv):
+    """Returns what the file of --config gives, if there is one, and the command line does not say in other words."""
+    first = Parser(allow_abbrev=False, add_help=False)
+    first.add_argument("--config")
+    path = first.parse_known_args(argv)[0].config
+    try:
+        config = config_values(parser, path) if path is not None else {}
+    except argparse.ArgumentError as error:
+        parser.error(f"--config {path}: {error}")
     known = parser._option_string_actions
     given = {known[flag].dest for flag in (word.split("=")[0] for word in argv) if flag in known}
-    # What the command line says in other words counts no more.
-    replaced = {REPLACES[name] for name in given & REPLACES.keys()} - given
-    for name in list(config):
-        if f"--{name}" in known and known[f"--{name}"].dest in replaced:
-            del config[name]
-    for name, value in config.items():
-        if value is False and f"--no-{name}" not in known:
-            takes_value = f"--{name}" not in known or known[f"--{name}"].nargs != 0
-            flags += [f"--{name}=no"] if takes_value else []  # YAML takes a plain no for false
-        elif isinstance(value, bool):
-            flags += [f"--{name}" if value else f"--no-{name}"]
-        elif isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            flags += [f"--{name}={value}"]
-    for flag in REFUSED.keys() & {flag.split("=")[0] for flag in flags + argv}:
-        parser.error(f"{flag}: {REFUSED[flag]}")
-    return flags + argv
+    for name in {REPLACES[name] for name in given & REPLACES.keys()} - given:
+        config.pop(name, None)
+    for action in parser._actions:
+        action.required &= action.dest not in config
+    return config
 
 
 def parse_args(argv=None):
     """Parses and checks the command line; whatever is wrong with it is said here, before anything heavy loads."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.formatter_class = HelpFormatter
+    parser.register("type", None, text_of)
     parser.add_argument("--config", help="a YAML file of flags; the command line wins over it")
     add_flags(parser)
     add_common_flags(parser)
     add_saving_flags(parser)
     parser.set_defaults(**{name: value for name, value in DEFAULTS.items() if name not in REPLACES})
-    args = parser.parse_args(read_config(parser, sys.argv[1:] if argv is None else argv))
+    argv = sys.argv[1:] if argv is None else argv
+    typed = {word.split("=")[0] for word in argv}
+    for flag in REFUSED.keys() & typed:
+        parser.error(f"{flag}: {REFUSED[flag]}")
+    parser.set_defaults(**read_config(parser, argv))
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:  # of which the first is a flag, and the others may be a token
+        parser.error(unrecognized(unknown[0].split("=")[0], parser._option_string_actions))
     for name, other in REPLACES.items():
         if getattr(args, name) is None and getattr(args, other) is None:
             setattr(args, name, DEFAULTS.get(name))
     for problem, sentence in check_flags(args) + common_problems(args):
         if problem:
             parser.error(sentence)
+    if "--hub_token" in typed:
+        print(SHOWN_TOKEN, file=sys.stderr)
     return args
 
 
@@ -651,6 +754,8 @@ def loading_code(run, models, name):
 #
 #   choose_caption(samples, key) -> text
 #       the caption that a sample is trained under [draw_caption(samples, key)]
+#   cache_folder(args) -> path
+#       where latents and embeddings are kept [Flags]
 #
 # What it offers: read_folder, caption_list; picture_and_caption; load_base; encode_batch; base_code; and two of the
 # engine's hooks, fill_cache and picture_prompts.
@@ -1146,6 +1251,8 @@ def fill_entries(run, jobs):
 #       patterns of the files that are uploaded
 #   CARD
 #       what the model card's header says of the method [{}]
+#   cache_folder(args) -> path
+#       where checks of pictures are kept [Flags]
 #   read_records(args) -> records
 #       the pictures, each {"name": path, "rows": None, "captions": [text, ...]}; of a data set, "rows" is that, and
 #       "row" the number in it. A "problem" says why a picture cannot be used. The engine adds "digest" and "size"
@@ -1629,12 +1736,6 @@ def split_records(args, records, seed):
         raise SystemExit(f"--validation_samples {args.validation_samples} leaves none of {len(chosen)} to train on.")
     places = {chosen[i * len(chosen) // args.validation_samples] for i in range(args.validation_samples)}
     return [records[i] for i in chosen if i not in places], [records[i] for i in sorted(places)]
-
-
-def cache_folder(args):
-    """Where this machine keeps checked pictures, latents and embeddings between runs."""
-    home = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
-    return Path(args.encoding_cache_dir or Path(home, "diffusion-training"))
 
 
 def replace_file(path, data):

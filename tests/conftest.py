@@ -16,6 +16,7 @@ atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 os.environ.update(
     HF_HOME=f"{CACHE}/huggingface",
     HF_HUB_OFFLINE="1",
+    HYPOTHESIS_STORAGE_DIRECTORY=f"{CACHE}/hypothesis",
     TOKENIZERS_PARALLELISM="false",
     WANDB_MODE="offline",
     XDG_CACHE_HOME=CACHE,

@@ -371,7 +371,7 @@ MISTAKES = {
     "--sample_batch_size 0": "--sample_batch_size",
     "--prior_loss_weight -1": "--prior_loss_weight",
     "--prior_generation_precision fp8": "bf16",
-    "--num_validation_images 0": "--num_validation_images",
+    "--num_validation_images -1": "--num_validation_images",
     "--validation_scheduler DDIM": "DDPMScheduler",
     "--lr_num_cycles 0": "--lr_num_cycles",
     "--lr_power nan": "--lr_power",

@@ -1,9 +1,15 @@
 """What each script's own flags must not spoil: arguments are taken back, and no script writes among its pictures."""
 
+import argparse
 import importlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 NEEDED = {
@@ -15,16 +21,115 @@ NEEDED = {
 }
 
 
+# What any flag may be given, and what is left out, as it would be refused beside others.
+
+LOOKALIKES = "null yes no on 1e3 0x1f 0123 12:30 1_000 .inf ~ - = << *a &a !a a:b @x 2026-01-01 --output_dir=x".split()
+LOOKALIKES += ["", " ", "- x", "a: b", "# x", "{a: 1}", "[a", "'", '"', "\\", "a\nb\n", "\t", "\r", "\x85", "\u2028"]
+# Of an equals sign and two dashes, argparse takes the dashes for the end of the flags.
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")).filter(lambda text: text != "--")
+TEXT |= st.sampled_from(LOOKALIKES)
+NAME = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0/"), max_size=15)
+PATHS = ("_dir", "_or_path")  # of folders that are there
+ALWAYS = {"pretrained_model_name_or_path", "train_data_dir", "instance_data_dir", "instance_prompt"}
+ALWAYS |= {"placeholder_token", "initializer_token", "with_prior_preservation", "class_data_dir", "class_prompt"}
+ALWAYS |= {"validation_prompts"}
+ONE_OF = [
+    {"train_data_dir", "instance_data_dir", "dataset_name"},
+    {"pretrained_model_name_or_path", "model_config_name_or_path"},
+    {"validation_epochs", "validation_steps", "save_images_epochs"},
+    {"num_train_epochs", "num_epochs"},
+    {"report_to", "logger"},
+    {"noise_offset", "offset_noise"},
+    {"prediction_type", "dream_training", "rescale_betas_zero_snr"},
+    {"train_text_encoder", "pre_compute_text_embeddings"},
+    {"use_dora", "output_kohya_format"},
+    {"optimizer", "use_8bit_adam", "scale_lr", "learning_rate", "text_encoder_lr"},
+]
+
+
+def flags_of_parser(script):
+    """A script's flags by their names."""
+    parser = argparse.ArgumentParser(add_help=False)
+    script.add_flags(parser)
+    script.add_common_flags(parser)
+    script.add_saving_flags(parser)
+    actions = {action.option_strings[0].removeprefix("--"): action for action in parser._actions}
+    alone = {"single_file_config", "resume_from_checkpoint"}  # which need a file and a checkpoint
+    return {name: action for name, action in actions.items() if name not in alone}
+
+
+def values_of(name, action):
+    """What a flag may be given."""
+    limits = getattr(action.type, "keywords", {})
+    if name == "with_prior_preservation":
+        return st.just(True)
+    if name == "resolution":
+        return st.integers(1, 1000).map(lambda number: 8 * number)
+    if action.choices:
+        return st.sampled_from(sorted(action.choices))
+    if action.nargs in (0, "?"):
+        return st.booleans()
+    if limits:
+        kind = {int: st.integers, float: st.floats}[limits["kind"]]
+        return kind(limits["low"], limits.get("high", sys.float_info.max))
+    if name.endswith(PATHS):
+        return NAME.map(lambda text: f"{text}.{name}")
+    if name == "placeholder_token":
+        return TEXT.filter(lambda text: len(text.split()) == 1)
+    text = TEXT.filter(bool) if name in ("dataset_name", "instance_prompt", "class_prompt") else TEXT
+    return st.lists(text, min_size=1) if action.nargs == "+" else text
+
+
+@st.composite
+def given_flags(draw, actions):
+    """Some of a script's flags with values, as a config file would have them."""
+    names = draw(st.sets(st.sampled_from(sorted(actions)), min_size=30)) | (ALWAYS & {*actions})
+    for either in ONE_OF:
+        if rivals := sorted(either & names):
+            names -= {*rivals} - {draw(st.sampled_from(rivals))}
+    names -= set() if "train_text_encoder" in names else {"text_encoder_lr"}
+    flags = {name: draw(values_of(name, actions[name])) for name in sorted(names)}
+    if not flags.get("train_text_encoder"):
+        flags.pop("text_encoder_lr", None)
+    return flags
+
+
+def typed(flags):
+    """Flags as words of the command line."""
+    switches = {True: "--{}", False: "--no-{}"}
+    return [
+        switches[value].format(name)
+        if isinstance(value, bool) and not name.startswith("prodigy")
+        else f"--{name}={value[0] if isinstance(value, list) else value}"
+        for name, value in flags.items()
+    ]
+
+
 @pytest.mark.parametrize("name", NEEDED)
-def test_every_script_takes_its_arguments_back(tiny_model, pictures, tmp_path, name):
-    """What a run saves as train_args.yaml gives the same arguments, for each script."""
-    sibling = importlib.import_module(name)
-    words = NEEDED[name].format(data=pictures).split()
-    args = sibling.parse_args([*words, "--pretrained_model_name_or_path", str(tiny_model)])
-    saved = {flag: value for flag, value in vars(args).items() if flag not in sibling.UNSAVED}
-    (tmp_path / "train_args.yaml").write_text(yaml.safe_dump(saved))
-    again = sibling.parse_args(["--config", str(tmp_path / "train_args.yaml")])
-    assert {flag: value for flag, value in vars(again).items() if flag in saved} == saved
+def test_every_script_takes_its_arguments_back(tmp_path, monkeypatch, name):
+    """Whatever flags say comes back by way of train_args.yaml, from a config as from the command line."""
+    script = importlib.import_module(name)
+    actions = flags_of_parser(script)
+    paths = {flag for flag in actions if flag.endswith(PATHS)} - {"overwrite_output_dir"}
+    monkeypatch.chdir(tmp_path)
+
+    @settings(max_examples=40, deadline=None, derandomize=True, database=None)
+    @given(given_flags(actions))
+    def come_back(flags):
+        for flag in flags.keys() & paths:
+            Path(flags[flag]).mkdir(exist_ok=True)
+        Path("config.yaml").write_text(yaml.safe_dump(flags))
+        args = script.parse_args(["--config", "config.yaml"])
+        if flags.pop("offset_noise", False):
+            flags["noise_offset"] = 0.1
+        assert {flag: getattr(args, actions[flag].dest) for flag in flags} == flags
+        if all(len(value) == 1 for value in flags.values() if isinstance(value, list)):  # else one may be -x
+            assert vars(script.parse_args(typed(flags))) == vars(args) | {"config": None}
+        script.write_train_args(SimpleNamespace(args=args, settings=dict))
+        again = script.parse_args([f"--config={args.output_dir}/train_args.yaml"])
+        assert vars(again) | {flag: getattr(args, flag) for flag in script.UNSAVED} == vars(args)
+
+    come_back()
 
 
 @pytest.mark.parametrize("name", NEEDED)

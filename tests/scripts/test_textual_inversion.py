@@ -326,14 +326,14 @@ def test_captions_and_other_files_are_not_read(train, pictures, tmp_path, capsys
 
 
 REFUSED = {
-    "give the folder of the pictures by --train_data_dir": ("--train_data_dir", ""),
+    "--train_data_dir: must be a path": ("--train_data_dir", ""),
     "--train_data_dir nowhere is not a folder": ("--train_data_dir", "nowhere"),
     "is not one word": ("--placeholder_token", "a pig"),
     "'' is not one word": ("--placeholder_token", ""),
     "--num_vectors: must be a number of type int from 1": ("--num_vectors", 0),
     "--repeats: must be": ("--repeats", 0),
     "--lr_num_cycles: must be": ("--lr_num_cycles", 0),
-    "--num_validation_images: must be": ("--num_validation_images", 0),
+    "--num_validation_images: must be": ("--num_validation_images", -1),
     "--learnable_property: invalid choice": ("--learnable_property", "thing"),
     "--no_safe_serialization: it would write pickles": ("--no_safe_serialization",),
     "--tokenizer_name: the tokenizer must be the base model's": ("--tokenizer_name=x",),
@@ -349,9 +349,9 @@ def test_wrong_flags(message, tmp_path, capsys):
     assert end.value.code == 2 and message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["--placeholder_token", "--initializer_token"])
+@pytest.mark.parametrize("flag", ["--placeholder_token", "--initializer_token", "--train_data_dir"])
 def test_required_flags(flag, tmp_path, capsys):
-    """Neither word has a default."""
+    """Neither word has a default, nor have the pictures."""
     words = flags_of("owner/model", tmp_path, "out", *FLAGS)
     place = words.index(flag)
     with pytest.raises(SystemExit):

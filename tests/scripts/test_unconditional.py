@@ -202,10 +202,10 @@ def test_noise_is_added_in_float32(train, monkeypatch):
 
 
 def test_a_seed_draws_the_weights(train):
-    """New weights are a function of the seed, whatever its size and whatever was drawn before."""
-    first = train("first", "--seed", 2**70, *STILL)
+    """New weights are a function of the seed, up to the highest, whatever was drawn before."""
+    first = train("first", "--seed", 2**64 - 1, *STILL)
     torch.manual_seed(5)
-    assert same(weights(first), weights(train("again", "--seed", 2**70, *STILL)))
+    assert same(weights(first), weights(train("again", "--seed", 2**64 - 1, *STILL)))
     assert not same(weights(first), weights(train("other", "--seed", 4, *STILL)))
 
 
