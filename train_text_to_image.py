@@ -433,6 +433,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 from tqdm.contrib.concurrent import thread_map
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 
 # The method: its pictures, what a sample draws, its models and their loss, what it saves.
@@ -605,7 +606,7 @@ def load_weights(models, folder):
 
 def save_model(run, models):
     """Writes the result, a pipeline. The averaged weights, if there are any, are in it."""
-    models.pipeline.save_pretrained(run.args.output_dir)
+    save_pipeline(models.pipeline, run.args.output_dir)
 
 
 def loading_code(run, models, name):
@@ -626,8 +627,8 @@ def loading_code(run, models, name):
 #   choose_caption(samples, key) -> text
 #       the caption that a sample is trained under [draw_caption(samples, key)]
 #
-# What it offers: read_folder, caption_list; picture_and_caption; load_base; encode_batch; base_code; and two of the
-# engine's hooks, fill_cache and picture_prompts.
+# What it offers: read_folder, caption_list; picture_and_caption; load_base; encode_batch; base_code, save_pipeline;
+# and two of the engine's hooks, fill_cache and picture_prompts.
 
 
 SAMPLER_STEPS = 25  # of a validation picture
@@ -791,6 +792,8 @@ def open_base(args):
         hint = " Without a network, and for SD 2.x, a single file needs --single_file_config." if missing else ""
         raise SystemExit(f"{base} cannot be loaded as a Stable Diffusion model of safetensors files: {problem}{hint}")
     check_family(base, pipeline)
+    # So that it is saved under the names of all published folders. Since transformers 5.6 its layers have others.
+    pipeline.text_encoder._weight_conversions = get_model_conversion_mapping(pipeline.text_encoder, add_legacy=False)
     for part in (pipeline, pipeline.unet, pipeline.vae):  # their files would name a folder of this machine
         part.register_to_config(_name_or_path=Path(base).resolve().name if Path(base).exists() else base)
     return pipeline
@@ -886,6 +889,16 @@ def base_code(run, models, name):
         code += f"config = pipeline.scheduler.config | {settings}\n"
         code += f"pipeline.scheduler = diffusers.{type(scheduler).__name__}.from_config(config)\n"
     return code
+
+
+def save_pipeline(pipeline, folder):
+    """Writes a pipeline, its tokenizers also in the files that programs from before transformers 5 read."""
+    pipeline.save_pretrained(folder)
+    for part in ("tokenizer", "tokenizer_2"):
+        if part in pipeline.components:
+            tokenizer = pipeline.components[part]
+            tokenizer.backend_tokenizer.model.save(str(Path(folder, part)))  # vocab.json and merges.txt
+            Path(folder, part, "added_tokens.json").write_text(json.dumps(tokenizer.get_added_vocab()))
 
 
 def picture_prompts(args):
