@@ -584,7 +584,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from PIL import Image, ImageOps, UnidentifiedImageError
 from prodigyopt import Prodigy
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 from tqdm.contrib.concurrent import thread_map
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -667,6 +667,7 @@ def load_models(run):
         )
         model.add_adapter(config)
     models.params_to_optimize = [p for model in models.trained for p in model.parameters() if p.requires_grad]
+    models.kohya_metadata = kohya_metadata(run, models) if args.output_kohya_format else None
     return models
 
 
@@ -801,7 +802,7 @@ def file_key(part, key):
 
 
 def save_weights(models, folder):
-    """Writes the adapters as pytorch_lora_weights.safetensors, with their settings in its metadata."""
+    """Writes the adapters as pytorch_lora_weights.safetensors, with their settings in it, and as kohya's file."""
     layers = {}
     for part, model in models.adapters.items():
         weights = get_peft_model_state_dict(model)
@@ -811,6 +812,9 @@ def save_weights(models, folder):
         config["target_modules"] = sorted(config["target_modules"])  # no set, whose order differs from run to run
         layers[f"{part}_lora_adapter_metadata"] = config
     models.pipeline.save_lora_weights(folder, **layers)
+    if models.kohya_metadata:
+        data = save(kohya_tensors(models), models.kohya_metadata)
+        replace_file(folder / "pytorch_lora_weights_kohya.safetensors", sort_header(data))
 
 
 def load_weights(models, folder):
@@ -824,8 +828,6 @@ def load_weights(models, folder):
 def save_model(run, models):
     """Writes the result, the adapters."""
     save_weights(models, Path(run.args.output_dir))
-    if run.args.output_kohya_format:
-        save_kohya(run, models)
 
 
 def loading_code(run, models, name):
@@ -883,9 +885,10 @@ def sgm_name(layer, layers_per_block):
     return f"output_blocks.{number}.{part}{layer[found.end() :]}"
 
 
-def kohya_tensors(models, alpha):
+def kohya_tensors(models):
     """Returns the adapters' weights, and their alpha beside each pair, under the names of kohya's scripts."""
     tensors, xl = {}, len(models.text_encoders) > 1
+    alpha = float(models.kohya_metadata["ss_network_alpha"])
     prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if xl else "lora_te", "text_encoder_2": "lora_te2"}
     for part, model in models.adapters.items():
         for key, tensor in get_peft_model_state_dict(model).items():
@@ -894,8 +897,16 @@ def kohya_tensors(models, alpha):
                 layer = sgm_name(layer, models.unet.config.layers_per_block)
             layer = f"{prefixes[part]}_{layer.replace('.', '_')}"
             tensors[f"{layer}.{'lora_down' if side == 'A' else 'lora_up'}.weight"] = tensor.contiguous()
-            tensors[f"{layer}.alpha"] = torch.tensor(float(alpha))
+            tensors[f"{layer}.alpha"] = torch.tensor(alpha)
     return tensors
+
+
+def sort_header(data):
+    """Returns the bytes of a safetensors file with its header in order, which otherwise differs from file to file."""
+    end = 8 + int.from_bytes(data[:8], "little")  # the header's length stands before it
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 def kohya_family(models):
@@ -908,8 +919,8 @@ def kohya_family(models):
     return "sd_v1", "v1"
 
 
-def save_kohya(run, models):
-    """Writes the adapters under the names and with the metadata of kohya's scripts, for A1111 and ComfyUI."""
+def kohya_metadata(run, models):
+    """Returns what kohya's scripts write beside the weights, which A1111 and ComfyUI show."""
     args, name = run.args, Path(run.args.output_dir).resolve().name
     alpha = (args.lora_alpha or args.rank) * (math.sqrt(args.rank) if args.use_rslora else 1)
     family, kind = kohya_family(models)
@@ -926,9 +937,7 @@ def save_kohya(run, models):
         "modelspec.architecture": f"stable-diffusion-{kind}/lora",
         "modelspec.title": name,
     }
-    metadata = {key: str(value) for key, value in metadata.items()}
-    file = Path(args.output_dir, "pytorch_lora_weights_kohya.safetensors")
-    save_file(kohya_tensors(models, alpha), file, metadata)
+    return {key: str(value) for key, value in metadata.items()}
 
 
 # === Stable Diffusion: the same in every script that has it ===

@@ -248,6 +248,19 @@ def test_kohya(made, kind):
     wanted |= {"modelspec.architecture": f"stable-diffusion-{kind}/lora", "modelspec.title": "out"}
     assert wanted.items() <= told.items()
     assert float(told["ss_network_alpha"]) == pytest.approx(result.scale * rank)
+    assert (result.out / "checkpoint-3" / KOHYA).read_bytes() == (result.out / KOHYA).read_bytes()
+
+
+def test_kohya_of_a_checkpoint(train, tiny_model):
+    """Each checkpoint has kohya's file of its own step, and its manifest names it."""
+    out = train("out", "--output_kohya_format", "--checkpointing_steps", 1)
+    draws = []
+    for step in (1, 2, 3):
+        checkpoint = out / f"checkpoint-{step}"
+        assert KOHYA in json.loads((checkpoint / "manifest.json").read_text())
+        draws.append(picture(loaded(tiny_model, checkpoint, weight_name=KOHYA)))
+        assert close(draws[-1:], [picture(loaded(tiny_model, checkpoint))])
+    assert not close(draws[:1], draws[1:2], 1e-3) and not close(draws[1:2], draws[2:], 1e-3)
 
 
 def test_names_of_sdxl():
