@@ -44,6 +44,7 @@ import traceback
 import typing
 import zlib
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -467,7 +468,6 @@ if __name__ == "__main__":
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it asks for torchvision, which nothing here needs
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-import bitsandbytes
 import diffusers
 import numpy as np
 import psutil
@@ -2095,6 +2095,8 @@ def make_accelerator(args):
         )
     if args.report_to not in ("none", "all") and not accelerator.log_with:
         raise SystemExit(f"--report_to {args.report_to} is not installed: pip install {args.report_to}")
+    if args.use_8bit_adam and not find_spec("bitsandbytes"):
+        raise SystemExit("--use_8bit_adam needs a library: pip install bitsandbytes")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise SystemExit("--mixed_precision fp16 needs a GPU; on a CPU, take bf16 or no.")
     # save_weights and load_weights do the models, so that diffusers can load them from a checkpoint.
@@ -2133,6 +2135,8 @@ def make_optimizer(run, groups):
     eps = args.adam_epsilon
     weight_decay = args.adam_weight_decay
     if args.use_8bit_adam:
+        import bitsandbytes  # not every machine can install it
+
         return bitsandbytes.optim.AdamW8bit(groups, betas=betas, eps=eps, weight_decay=weight_decay)
     # A fused step hides from accelerate that the scaler of fp16 skipped it.
     fused = accelerator.scaler is None
@@ -2183,8 +2187,8 @@ def clear_folder(run):
 
 def write_train_args(run):
     """Writes train_args.yaml: the flags as given and, as comments, what the run made of them and with what."""
-    notes = [f"{library} {version(library)}" for library in ("torch", "diffusers", "transformers", "accelerate")]
-    notes += [f"{library} {version(library)}" for library in ("datasets", "bitsandbytes")]
+    libraries = ("torch", "diffusers", "transformers", "accelerate", "datasets", "bitsandbytes")
+    notes = [f"{library} {version(library)}" for library in libraries if find_spec(library)]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):  # git is missing, or this is no checkout
         git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
         notes.append(f"commit {subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip()}")

@@ -44,6 +44,7 @@ import traceback
 import typing
 import zlib
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -149,6 +150,7 @@ def check_flags(args):
     precomputed = args.pre_compute_text_embeddings and args.train_text_encoder
     prodigy, text_lr = args.optimizer == "prodigy", args.text_encoder_lr is not None
     small_rate = prodigy and args.learning_rate < 0.1
+    no_prodigy = prodigy and not find_spec("prodigyopt")
     return [
         *stable_diffusion_problems(args),
         (len(sources) != 1, "give the pictures by one of --train_data_dir, --dataset_name and --instance_data_dir"),
@@ -159,6 +161,7 @@ def check_flags(args):
         (text_lr and not args.train_text_encoder, "--text_encoder_lr needs --train_text_encoder"),
         (prodigy and args.use_8bit_adam, "give --optimizer prodigy or --use_8bit_adam, not both"),
         (prodigy and text_lr, "--optimizer prodigy takes a single rate, so leave out --text_encoder_lr"),
+        (no_prodigy, "--optimizer prodigy needs a library: pip install prodigyopt"),
         (prodigy and args.scale_lr, "--optimizer prodigy finds its rate, so leave out --scale_lr"),
         (small_rate, "--optimizer prodigy finds its rate: --learning_rate should be about 1"),
         (args.use_dora and args.output_kohya_format, "--output_kohya_format cannot hold what --use_dora learns"),
@@ -225,6 +228,10 @@ def read_rows(args, files, columns):
 
     columns: the names of the columns of pictures and, if there are any, of captions, by the flags that gave them.
     """
+    if not find_spec("datasets"):
+        raise SystemExit("Data sets of the Hub and parquet files need a library: pip install datasets")
+    import datasets
+
     try:
         if args.dataset_name:
             name, config = args.dataset_name, args.dataset_config_name
@@ -565,8 +572,6 @@ if __name__ == "__main__":
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it asks for torchvision, which nothing here needs
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-import bitsandbytes
-import datasets
 import diffusers
 import numpy as np
 import psutil
@@ -582,7 +587,6 @@ from diffusers.utils import make_image_grid
 from huggingface_hub import ModelCardData, create_repo, upload_folder
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageOps, UnidentifiedImageError
-from prodigyopt import Prodigy
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
@@ -724,6 +728,8 @@ def prepare_training(run, models):
             text_encoder.activation_checkpointing_enable()
     optimizer = make_optimizer(run, parameter_groups(args, models))
     if args.optimizer == "prodigy":  # it takes over the groups of this AdamW, with their lr, betas, eps and decay
+        from prodigyopt import Prodigy
+
         optimizer = Prodigy(
             optimizer.param_groups,
             beta3=args.prodigy_beta3,
@@ -2374,6 +2380,8 @@ def make_accelerator(args):
         )
     if args.report_to not in ("none", "all") and not accelerator.log_with:
         raise SystemExit(f"--report_to {args.report_to} is not installed: pip install {args.report_to}")
+    if args.use_8bit_adam and not find_spec("bitsandbytes"):
+        raise SystemExit("--use_8bit_adam needs a library: pip install bitsandbytes")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise SystemExit("--mixed_precision fp16 needs a GPU; on a CPU, take bf16 or no.")
     # save_weights and load_weights do the models, so that diffusers can load them from a checkpoint.
@@ -2412,6 +2420,8 @@ def make_optimizer(run, groups):
     eps = args.adam_epsilon
     weight_decay = args.adam_weight_decay
     if args.use_8bit_adam:
+        import bitsandbytes  # not every machine can install it
+
         return bitsandbytes.optim.AdamW8bit(groups, betas=betas, eps=eps, weight_decay=weight_decay)
     # A fused step hides from accelerate that the scaler of fp16 skipped it.
     fused = accelerator.scaler is None
@@ -2462,8 +2472,8 @@ def clear_folder(run):
 
 def write_train_args(run):
     """Writes train_args.yaml: the flags as given and, as comments, what the run made of them and with what."""
-    notes = [f"{library} {version(library)}" for library in ("torch", "diffusers", "transformers", "accelerate")]
-    notes += [f"{library} {version(library)}" for library in ("datasets", "bitsandbytes")]
+    libraries = ("torch", "diffusers", "transformers", "accelerate", "datasets", "bitsandbytes")
+    notes = [f"{library} {version(library)}" for library in libraries if find_spec(library)]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):  # git is missing, or this is no checkout
         git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
         notes.append(f"commit {subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip()}")
