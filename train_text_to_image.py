@@ -2196,6 +2196,8 @@ def print_header(run, models, data):
         f"device     {accelerator.device}, precision {accelerator.mixed_precision}\n"
         f"disk       {needed:.2f} GiB a checkpoint, {free:.1f} GiB free"
     )
+    if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu":
+        accelerator.print("           there is no GPU, so bf16 runs on the CPU")
     if args.checkpointing_steps and needed > free:
         raise SystemExit(f"A checkpoint needs {needed:.2f} GiB, and {args.output_dir} has {free:.2f} GiB free.")
 
