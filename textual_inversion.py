@@ -2241,11 +2241,11 @@ def main(args):
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch>=2.13,<2.14", "diffusers>=0.41,<0.43", "transformers>=5.10.4,<6",
-#     "accelerate>=1.10,<2", "datasets>=4,<6", "peft>=0.19,<0.22", "huggingface_hub>=1.32,<3",
+#     "torch>=2.13,<2.14", "diffusers>=0.41,<0.43", "transformers>=5.23,<6",
+#     "accelerate>=1.13,<2", "datasets>=4,<6", "peft>=0.20,<0.22", "huggingface_hub>=1.32,<3",
 #     "safetensors>=0.8,<1", "numpy>=2.0.2,<3", "Pillow>=11,<14", "PyYAML>=6.0.1,<7",
-#     "psutil>=6,<8", "tqdm>=4.66.3,<5", "tensorboard>=2.18,<3", "wandb>=0.31,<1",
-#     "prodigyopt>=1.1.2,<2", "bitsandbytes>=0.46,<1",
+#     "psutil>=6,<8", "tqdm>=4.66.3,<5", "tensorboard>=2.18,<3", "wandb>=0.26.1,<1",
+#     "prodigyopt>=1.1.2,<2", "bitsandbytes>=0.50,<1",
 # ]
 # ///
 
