@@ -50,11 +50,11 @@ sync: .venv/.installed
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache outputs
 
-.venv/.installed: requirements.txt
+.venv/.installed: requirements-exact.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
 	    { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.12"; exit 1; }
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install -r requirements.txt
+	.venv/bin/python -m pip install -r requirements-exact.txt
 	touch $@
 
 .venv/.installed-dev: .venv/.installed requirements-dev.txt

@@ -17,6 +17,19 @@ they are the same text in every script that has them.
     accelerate launch train_dreambooth.py --config my-dog/train_args.yaml --resume_from_checkpoint latest
 """
 
+# What `uv run` installs, as requirements.txt lists it (PEP 723)
+#
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.13,<2.14", "diffusers>=0.41,<0.43", "transformers>=5.23,<6",
+#     "accelerate>=1.13,<2", "datasets>=4,<6", "peft>=0.20,<0.22", "huggingface_hub>=1.32,<3",
+#     "filelock>=4.2,<5", "safetensors>=0.8,<1", "numpy>=2.0.2,<3", "Pillow>=11,<14", "PyYAML>=6.0.1,<7",
+#     "psutil>=6,<8", "tqdm>=4.66.3,<5", "tensorboard>=2.18,<3", "wandb>=0.26.1,<1",
+#     "prodigyopt>=1.1.2,<2", "bitsandbytes>=0.50,<1",
+# ]
+# ///
+
 import argparse
 import collections
 import contextlib
@@ -46,6 +59,7 @@ import typing
 import unicodedata
 import zlib
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -574,7 +588,6 @@ if __name__ == "__main__":
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it asks for torchvision, which nothing here needs
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-import bitsandbytes
 import diffusers
 import numpy as np
 import psutil
@@ -608,6 +621,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 from tqdm.contrib.concurrent import thread_map
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 
 # The method: its pictures, what a sample draws, its models and their loss, what it saves.
@@ -762,7 +776,7 @@ def load_weights(models, folder):
 
 def save_model(run, models):
     """Writes the result, a pipeline."""
-    models.pipeline.save_pretrained(run.args.output_dir)
+    save_pipeline(models.pipeline, run.args.output_dir)
 
 
 def loading_code(run, models, name):
@@ -785,8 +799,8 @@ def loading_code(run, models, name):
 #   cache_folder(args) -> path
 #       where latents and embeddings are kept [Flags]
 #
-# What it offers: read_folder, caption_list; picture_and_caption; load_base; encode_batch; base_code; and two of the
-# engine's hooks, fill_cache and picture_prompts.
+# What it offers: read_folder, caption_list; picture_and_caption; load_base; encode_batch; base_code, save_pipeline;
+# and two of the engine's hooks, fill_cache and picture_prompts.
 
 
 SAMPLER_STEPS = 25  # of a validation picture
@@ -986,6 +1000,8 @@ def open_base(args):
         hint = " Without a network, and for SD 2.x, a single file needs --single_file_config." if missing else ""
         raise SystemExit(f"{base} cannot be loaded as a Stable Diffusion model of safetensors files: {problem}{hint}")
     check_family(base, pipeline)
+    # So that it is saved under the names of all published folders. Since transformers 5.6 its layers have others.
+    pipeline.text_encoder._weight_conversions = get_model_conversion_mapping(pipeline.text_encoder, add_legacy=False)
     for part in (pipeline, pipeline.unet, pipeline.vae):  # their files would name a folder of this machine
         part.register_to_config(_name_or_path=Path(base).resolve().name if Path(base).exists() else base)
     return pipeline
@@ -1081,6 +1097,16 @@ def base_code(run, models, name):
         code += f"config = pipeline.scheduler.config | {settings}\n"
         code += f"pipeline.scheduler = diffusers.{type(scheduler).__name__}.from_config(config)\n"
     return code
+
+
+def save_pipeline(pipeline, folder):
+    """Writes a pipeline, its tokenizers also in the files that programs from before transformers 5 read."""
+    pipeline.save_pretrained(folder)
+    for part in ("tokenizer", "tokenizer_2"):
+        if part in pipeline.components:
+            tokenizer = pipeline.components[part]
+            tokenizer.backend_tokenizer.model.save(str(Path(folder, part)))  # vocab.json and merges.txt
+            Path(folder, part, "added_tokens.json").write_text(json.dumps(tokenizer.get_added_vocab()))
 
 
 def picture_prompts(args):
@@ -1422,7 +1448,7 @@ def execute(args, accelerator, stop, lock):
         return
 
     # Models.
-    torch.manual_seed(run.seed % 2**64)  # for weights that start at random
+    torch.manual_seed(run.seed)  # for weights that start at random
     models = load_models(run)
     list_changes(run, settings)
     check_identity(run, models, records, held_out_records)
@@ -2379,6 +2405,8 @@ def make_accelerator(args):
         )
     if args.report_to not in ("none", "all") and not accelerator.log_with:
         raise SystemExit(f"--report_to {args.report_to} is not installed: pip install {args.report_to}")
+    if args.use_8bit_adam and not find_spec("bitsandbytes"):
+        raise SystemExit("--use_8bit_adam needs a library: pip install bitsandbytes")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise SystemExit("--mixed_precision fp16 needs a GPU; on a CPU, take bf16 or no.")
     # save_weights and load_weights do the models, so that diffusers can load them from a checkpoint.
@@ -2417,6 +2445,8 @@ def make_optimizer(run, groups):
     eps = args.adam_epsilon
     weight_decay = args.adam_weight_decay
     if args.use_8bit_adam:
+        import bitsandbytes  # not every machine can install it
+
         return bitsandbytes.optim.AdamW8bit(groups, betas=betas, eps=eps, weight_decay=weight_decay)
     # A fused step hides from accelerate that the scaler of fp16 skipped it.
     fused = accelerator.scaler is None
@@ -2468,8 +2498,8 @@ def clear_folder(run):
 
 def write_train_args(run):
     """Writes train_args.yaml: the flags as given and, as comments, what the run made of them and with what."""
-    notes = [f"{library} {version(library)}" for library in ("torch", "diffusers", "transformers", "accelerate")]
-    notes += [f"{library} {version(library)}" for library in ("datasets", "bitsandbytes")]
+    libraries = ("torch", "diffusers", "transformers", "accelerate", "datasets", "bitsandbytes")
+    notes = [f"{library} {version(library)}" for library in libraries if find_spec(library)]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):  # git is missing, or this is no checkout
         git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
         notes.append(f"commit {subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip()}")
@@ -2520,6 +2550,8 @@ def print_header(run, models, data):
         f"device     {accelerator.device}, precision {accelerator.mixed_precision}{compiled}\n"
         f"disk       {needed:.2f} GiB a checkpoint, {free:.1f} GiB free"
     )
+    if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu":
+        accelerator.print("           there is no GPU, so bf16 runs on the CPU")
     if args.checkpointing_steps and needed > free:
         raise SystemExit(f"A checkpoint needs {needed:.2f} GiB, and {args.output_dir} has {free:.2f} GiB free.")
 

@@ -17,6 +17,19 @@ they are the same text in every script that has them.
     accelerate launch train_lora.py --config my-lora/train_args.yaml --resume_from_checkpoint latest
 """
 
+# What `uv run` installs, as requirements.txt lists it (PEP 723)
+#
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.13,<2.14", "diffusers>=0.41,<0.43", "transformers>=5.23,<6",
+#     "accelerate>=1.13,<2", "datasets>=4,<6", "peft>=0.20,<0.22", "huggingface_hub>=1.32,<3",
+#     "filelock>=4.2,<5", "safetensors>=0.8,<1", "numpy>=2.0.2,<3", "Pillow>=11,<14", "PyYAML>=6.0.1,<7",
+#     "psutil>=6,<8", "tqdm>=4.66.3,<5", "tensorboard>=2.18,<3", "wandb>=0.26.1,<1",
+#     "prodigyopt>=1.1.2,<2", "bitsandbytes>=0.50,<1",
+# ]
+# ///
+
 import argparse
 import collections
 import contextlib
@@ -46,6 +59,7 @@ import typing
 import unicodedata
 import zlib
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -151,6 +165,7 @@ def check_flags(args):
     precomputed = args.pre_compute_text_embeddings and args.train_text_encoder
     prodigy, text_lr = args.optimizer == "prodigy", args.text_encoder_lr is not None
     small_rate = prodigy and args.learning_rate < 0.1
+    no_prodigy = prodigy and not find_spec("prodigyopt")
     return [
         *stable_diffusion_problems(args),
         (len(sources) != 1, "give the pictures by one of --train_data_dir, --dataset_name and --instance_data_dir"),
@@ -161,6 +176,7 @@ def check_flags(args):
         (text_lr and not args.train_text_encoder, "--text_encoder_lr needs --train_text_encoder"),
         (prodigy and args.use_8bit_adam, "give --optimizer prodigy or --use_8bit_adam, not both"),
         (prodigy and text_lr, "--optimizer prodigy takes a single rate, so leave out --text_encoder_lr"),
+        (no_prodigy, "--optimizer prodigy needs a library: pip install prodigyopt"),
         (prodigy and args.scale_lr, "--optimizer prodigy finds its rate, so leave out --scale_lr"),
         (small_rate, "--optimizer prodigy finds its rate: --learning_rate should be about 1"),
         (args.use_dora and args.output_kohya_format, "--output_kohya_format cannot hold what --use_dora learns"),
@@ -234,6 +250,8 @@ def parquet_files(files):
 
 def picture_column(rows, flag, column):
     """Returns a data set of a column's pictures alone, encoded, by the flag that gave its name."""
+    import datasets
+
     try:
         rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
         images = [image for image in rows[:100][column] if image]
@@ -259,6 +277,10 @@ def read_rows(args, files, columns):
 
     columns: the names of the columns of pictures and, if there are any, of captions, by the flags that gave them.
     """
+    if not find_spec("datasets"):
+        raise SystemExit("Data sets of the Hub and parquet files need a library: pip install datasets")
+    import datasets
+
     try:
         if args.dataset_name:
             name, config = args.dataset_name, args.dataset_config_name
@@ -701,8 +723,6 @@ if __name__ == "__main__":
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it asks for torchvision, which nothing here needs
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-import bitsandbytes
-import datasets
 import diffusers
 import numpy as np
 import psutil
@@ -726,11 +746,11 @@ from filelock import FileLock, Timeout
 from huggingface_hub import ModelCardData, create_repo, upload_folder
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageOps, UnidentifiedImageError
-from prodigyopt import Prodigy
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 from tqdm.contrib.concurrent import thread_map
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 
 # The method: its pictures, what a sample draws, its models and their loss, what it saves.
@@ -811,6 +831,7 @@ def load_models(run):
         )
         model.add_adapter(config)
     models.params_to_optimize = [p for model in models.trained for p in model.parameters() if p.requires_grad]
+    models.kohya_metadata = kohya_metadata(run, models) if args.output_kohya_format else None
     return models
 
 
@@ -867,6 +888,8 @@ def prepare_training(run, models):
             text_encoder.activation_checkpointing_enable()
     optimizer = make_optimizer(run, parameter_groups(args, models))
     if args.optimizer == "prodigy":  # it takes over the groups of this AdamW, with their lr, betas, eps and decay
+        from prodigyopt import Prodigy
+
         optimizer = Prodigy(
             optimizer.param_groups,
             beta3=args.prodigy_beta3,
@@ -945,7 +968,7 @@ def file_key(part, key):
 
 
 def save_weights(models, folder):
-    """Writes the adapters as pytorch_lora_weights.safetensors, with their settings in its metadata."""
+    """Writes the adapters as pytorch_lora_weights.safetensors, with their settings in it, and as kohya's file."""
     layers = {}
     for part, model in models.adapters.items():
         weights = get_peft_model_state_dict(model)
@@ -955,6 +978,9 @@ def save_weights(models, folder):
         config["target_modules"] = sorted(config["target_modules"])  # no set, whose order differs from run to run
         layers[f"{part}_lora_adapter_metadata"] = config
     models.pipeline.save_lora_weights(folder, **layers)
+    if models.kohya_metadata:
+        data = save(kohya_tensors(models), models.kohya_metadata)
+        replace_file(folder / "pytorch_lora_weights_kohya.safetensors", sort_header(data))
 
 
 def load_weights(models, folder):
@@ -968,8 +994,6 @@ def load_weights(models, folder):
 def save_model(run, models):
     """Writes the result, the adapters."""
     save_weights(models, Path(run.args.output_dir))
-    if run.args.output_kohya_format:
-        save_kohya(run, models)
 
 
 def loading_code(run, models, name):
@@ -1027,9 +1051,10 @@ def sgm_name(layer, layers_per_block):
     return f"output_blocks.{number}.{part}{layer[found.end() :]}"
 
 
-def kohya_tensors(models, alpha):
+def kohya_tensors(models):
     """Returns the adapters' weights, and their alpha beside each pair, under the names of kohya's scripts."""
     tensors, xl = {}, len(models.text_encoders) > 1
+    alpha = float(models.kohya_metadata["ss_network_alpha"])
     prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if xl else "lora_te", "text_encoder_2": "lora_te2"}
     for part, model in models.adapters.items():
         for key, tensor in get_peft_model_state_dict(model).items():
@@ -1038,8 +1063,16 @@ def kohya_tensors(models, alpha):
                 layer = sgm_name(layer, models.unet.config.layers_per_block)
             layer = f"{prefixes[part]}_{layer.replace('.', '_')}"
             tensors[f"{layer}.{'lora_down' if side == 'A' else 'lora_up'}.weight"] = tensor.contiguous()
-            tensors[f"{layer}.alpha"] = torch.tensor(float(alpha))
+            tensors[f"{layer}.alpha"] = torch.tensor(alpha)
     return tensors
+
+
+def sort_header(data):
+    """Returns the bytes of a safetensors file with its header in order, which otherwise differs from file to file."""
+    end = 8 + int.from_bytes(data[:8], "little")  # the header's length stands before it
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 def kohya_family(models):
@@ -1052,8 +1085,8 @@ def kohya_family(models):
     return "sd_v1", "v1"
 
 
-def save_kohya(run, models):
-    """Writes the adapters under the names and with the metadata of kohya's scripts, for A1111 and ComfyUI."""
+def kohya_metadata(run, models):
+    """Returns what kohya's scripts write beside the weights, which A1111 and ComfyUI show."""
     args, name = run.args, Path(run.args.output_dir).resolve().name
     alpha = (args.lora_alpha or args.rank) * (math.sqrt(args.rank) if args.use_rslora else 1)
     family, kind = kohya_family(models)
@@ -1070,9 +1103,7 @@ def save_kohya(run, models):
         "modelspec.architecture": f"stable-diffusion-{kind}/lora",
         "modelspec.title": name,
     }
-    metadata = {key: str(value) for key, value in metadata.items()}
-    file = Path(args.output_dir, "pytorch_lora_weights_kohya.safetensors")
-    save_file(kohya_tensors(models, alpha), file, metadata)
+    return {key: str(value) for key, value in metadata.items()}
 
 
 # === Stable Diffusion: the same in every script that has it ===
@@ -1084,8 +1115,8 @@ def save_kohya(run, models):
 #   cache_folder(args) -> path
 #       where latents and embeddings are kept [Flags]
 #
-# What it offers: read_folder, caption_list; picture_and_caption; load_base; encode_batch; base_code; and two of the
-# engine's hooks, fill_cache and picture_prompts.
+# What it offers: read_folder, caption_list; picture_and_caption; load_base; encode_batch; base_code, save_pipeline;
+# and two of the engine's hooks, fill_cache and picture_prompts.
 
 
 SAMPLER_STEPS = 25  # of a validation picture
@@ -1285,6 +1316,8 @@ def open_base(args):
         hint = " Without a network, and for SD 2.x, a single file needs --single_file_config." if missing else ""
         raise SystemExit(f"{base} cannot be loaded as a Stable Diffusion model of safetensors files: {problem}{hint}")
     check_family(base, pipeline)
+    # So that it is saved under the names of all published folders. Since transformers 5.6 its layers have others.
+    pipeline.text_encoder._weight_conversions = get_model_conversion_mapping(pipeline.text_encoder, add_legacy=False)
     for part in (pipeline, pipeline.unet, pipeline.vae):  # their files would name a folder of this machine
         part.register_to_config(_name_or_path=Path(base).resolve().name if Path(base).exists() else base)
     return pipeline
@@ -1380,6 +1413,16 @@ def base_code(run, models, name):
         code += f"config = pipeline.scheduler.config | {settings}\n"
         code += f"pipeline.scheduler = diffusers.{type(scheduler).__name__}.from_config(config)\n"
     return code
+
+
+def save_pipeline(pipeline, folder):
+    """Writes a pipeline, its tokenizers also in the files that programs from before transformers 5 read."""
+    pipeline.save_pretrained(folder)
+    for part in ("tokenizer", "tokenizer_2"):
+        if part in pipeline.components:
+            tokenizer = pipeline.components[part]
+            tokenizer.backend_tokenizer.model.save(str(Path(folder, part)))  # vocab.json and merges.txt
+            Path(folder, part, "added_tokens.json").write_text(json.dumps(tokenizer.get_added_vocab()))
 
 
 def picture_prompts(args):
@@ -1721,7 +1764,7 @@ def execute(args, accelerator, stop, lock):
         return
 
     # Models.
-    torch.manual_seed(run.seed % 2**64)  # for weights that start at random
+    torch.manual_seed(run.seed)  # for weights that start at random
     models = load_models(run)
     list_changes(run, settings)
     check_identity(run, models, records, held_out_records)
@@ -2678,6 +2721,8 @@ def make_accelerator(args):
         )
     if args.report_to not in ("none", "all") and not accelerator.log_with:
         raise SystemExit(f"--report_to {args.report_to} is not installed: pip install {args.report_to}")
+    if args.use_8bit_adam and not find_spec("bitsandbytes"):
+        raise SystemExit("--use_8bit_adam needs a library: pip install bitsandbytes")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise SystemExit("--mixed_precision fp16 needs a GPU; on a CPU, take bf16 or no.")
     # save_weights and load_weights do the models, so that diffusers can load them from a checkpoint.
@@ -2716,6 +2761,8 @@ def make_optimizer(run, groups):
     eps = args.adam_epsilon
     weight_decay = args.adam_weight_decay
     if args.use_8bit_adam:
+        import bitsandbytes  # not every machine can install it
+
         return bitsandbytes.optim.AdamW8bit(groups, betas=betas, eps=eps, weight_decay=weight_decay)
     # A fused step hides from accelerate that the scaler of fp16 skipped it.
     fused = accelerator.scaler is None
@@ -2767,8 +2814,8 @@ def clear_folder(run):
 
 def write_train_args(run):
     """Writes train_args.yaml: the flags as given and, as comments, what the run made of them and with what."""
-    notes = [f"{library} {version(library)}" for library in ("torch", "diffusers", "transformers", "accelerate")]
-    notes += [f"{library} {version(library)}" for library in ("datasets", "bitsandbytes")]
+    libraries = ("torch", "diffusers", "transformers", "accelerate", "datasets", "bitsandbytes")
+    notes = [f"{library} {version(library)}" for library in libraries if find_spec(library)]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):  # git is missing, or this is no checkout
         git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
         notes.append(f"commit {subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip()}")
@@ -2819,6 +2866,8 @@ def print_header(run, models, data):
         f"device     {accelerator.device}, precision {accelerator.mixed_precision}{compiled}\n"
         f"disk       {needed:.2f} GiB a checkpoint, {free:.1f} GiB free"
     )
+    if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu":
+        accelerator.print("           there is no GPU, so bf16 runs on the CPU")
     if args.checkpointing_steps and needed > free:
         raise SystemExit(f"A checkpoint needs {needed:.2f} GiB, and {args.output_dir} has {free:.2f} GiB free.")
 

@@ -14,6 +14,19 @@ they are the same text in every script that has them.
     accelerate launch train_unconditional.py --config my-model/train_args.yaml --resume_from_checkpoint latest
 """
 
+# What `uv run` installs, as requirements.txt lists it (PEP 723)
+#
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.13,<2.14", "diffusers>=0.41,<0.43", "transformers>=5.23,<6",
+#     "accelerate>=1.13,<2", "datasets>=4,<6", "peft>=0.20,<0.22", "huggingface_hub>=1.32,<3",
+#     "filelock>=4.2,<5", "safetensors>=0.8,<1", "numpy>=2.0.2,<3", "Pillow>=11,<14", "PyYAML>=6.0.1,<7",
+#     "psutil>=6,<8", "tqdm>=4.66.3,<5", "tensorboard>=2.18,<3", "wandb>=0.26.1,<1",
+#     "prodigyopt>=1.1.2,<2", "bitsandbytes>=0.50,<1",
+# ]
+# ///
+
 import argparse
 import collections
 import contextlib
@@ -41,6 +54,7 @@ import traceback
 import typing
 import zlib
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -157,6 +171,8 @@ def parquet_files(files):
 
 def picture_column(rows, flag, column):
     """Returns a data set of a column's pictures alone, encoded, by the flag that gave its name."""
+    import datasets
+
     try:
         rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
         images = [image for image in rows[:100][column] if image]
@@ -182,6 +198,10 @@ def read_rows(args, files, columns):
 
     columns: the names of the columns of pictures and, if there are any, of captions, by the flags that gave them.
     """
+    if not find_spec("datasets"):
+        raise SystemExit("Data sets of the Hub and parquet files need a library: pip install datasets")
+    import datasets
+
     try:
         if args.dataset_name:
             name, config = args.dataset_name, args.dataset_config_name
@@ -528,8 +548,6 @@ if __name__ == "__main__":
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it asks for torchvision, which nothing here needs
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-import bitsandbytes
-import datasets
 import diffusers
 import numpy as np
 import psutil
@@ -957,7 +975,7 @@ def execute(args, accelerator, stop, lock):
         return
 
     # Models.
-    torch.manual_seed(run.seed % 2**64)  # for weights that start at random
+    torch.manual_seed(run.seed)  # for weights that start at random
     models = load_models(run)
     list_changes(run, settings)
     check_identity(run, models, records, held_out_records)
@@ -1914,6 +1932,8 @@ def make_accelerator(args):
         )
     if args.report_to not in ("none", "all") and not accelerator.log_with:
         raise SystemExit(f"--report_to {args.report_to} is not installed: pip install {args.report_to}")
+    if args.use_8bit_adam and not find_spec("bitsandbytes"):
+        raise SystemExit("--use_8bit_adam needs a library: pip install bitsandbytes")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise SystemExit("--mixed_precision fp16 needs a GPU; on a CPU, take bf16 or no.")
     # save_weights and load_weights do the models, so that diffusers can load them from a checkpoint.
@@ -1952,6 +1972,8 @@ def make_optimizer(run, groups):
     eps = args.adam_epsilon
     weight_decay = args.adam_weight_decay
     if args.use_8bit_adam:
+        import bitsandbytes  # not every machine can install it
+
         return bitsandbytes.optim.AdamW8bit(groups, betas=betas, eps=eps, weight_decay=weight_decay)
     # A fused step hides from accelerate that the scaler of fp16 skipped it.
     fused = accelerator.scaler is None
@@ -2003,8 +2025,8 @@ def clear_folder(run):
 
 def write_train_args(run):
     """Writes train_args.yaml: the flags as given and, as comments, what the run made of them and with what."""
-    notes = [f"{library} {version(library)}" for library in ("torch", "diffusers", "transformers", "accelerate")]
-    notes += [f"{library} {version(library)}" for library in ("datasets", "bitsandbytes")]
+    libraries = ("torch", "diffusers", "transformers", "accelerate", "datasets", "bitsandbytes")
+    notes = [f"{library} {version(library)}" for library in libraries if find_spec(library)]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):  # git is missing, or this is no checkout
         git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
         notes.append(f"commit {subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip()}")
@@ -2055,6 +2077,8 @@ def print_header(run, models, data):
         f"device     {accelerator.device}, precision {accelerator.mixed_precision}{compiled}\n"
         f"disk       {needed:.2f} GiB a checkpoint, {free:.1f} GiB free"
     )
+    if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu":
+        accelerator.print("           there is no GPU, so bf16 runs on the CPU")
     if args.checkpointing_steps and needed > free:
         raise SystemExit(f"A checkpoint needs {needed:.2f} GiB, and {args.output_dir} has {free:.2f} GiB free.")
 

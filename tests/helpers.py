@@ -160,6 +160,9 @@ def make_model(folder: Path, family: str = "sd1") -> Path:
         unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         pipeline = StableDiffusionPipeline(**parts, scheduler=DDIMScheduler(**betas, **ddim), **unused)
     pipeline.save_pretrained(folder)
+    file = folder / "text_encoder" / "model.safetensors"  # renamed as all that was published before transformers 5.6
+    tensors = {f"text_model.{name}": tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
     return folder
 
 

@@ -2,8 +2,13 @@
 
 import ast
 import re
+import tomllib
 
+import pytest
 from helpers import ROOT
+from packaging.requirements import Requirement
+
+from tools import sync
 
 
 def test_named_tests_exist():
@@ -15,3 +20,28 @@ def test_named_tests_exist():
     defined = {(file, node.name) for file, tree in trees.items() for node in tree.body if hasattr(node, "name")}
     assert len(named) > 50
     assert named - defined == set()
+
+
+def requirements(name):
+    """The lines of a file of requirements, without comments and other files."""
+    lines = (ROOT / name).read_text().splitlines()
+    return [line for line in lines if line and not line.startswith(("#", "-r"))]
+
+
+@pytest.mark.parametrize("path", sync.find_scripts(ROOT), ids=lambda path: path.name)
+def test_scripts_name_their_requirements(path):
+    """uv reads in a script, as PEP 723 has it, what requirements.txt lists; the docstring stays first."""
+    source = path.read_text()
+    block = r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$"
+    (found,) = re.finditer(block, source)
+    told = tomllib.loads("".join(line[2:] for line in found["content"].splitlines(keepends=True)))
+    assert found["type"] == "script" and told.pop("requires-python") == ">=3.11"
+    assert told == {"dependencies": requirements("requirements.txt")}
+    assert source.startswith('"""')
+
+
+def test_exact_versions_are_within_the_ranges():
+    """What `make` installs is what requirements.txt asks for, each in a version of its range."""
+    ranges = {each.name: each.specifier for each in map(Requirement, requirements("requirements.txt"))}
+    exact = dict(line.split("==") for line in requirements("requirements-exact.txt"))
+    assert exact.keys() == ranges.keys() and all(ranges[name].contains(exact[name]) for name in exact)

@@ -216,9 +216,12 @@ def test_frozen_weights_and_precision(train, tiny_model, flags):
     assert not all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in trained.values())
 
 
-def test_bf16_trains_alike(train, tiny_model):
+def test_bf16_trains_alike(train, tiny_model, capsys):
     """bf16 rounds, so its first loss is near float32's but not equal, and its weights go the same way."""
-    full, half = train("full"), train("half", "--mixed_precision", "bf16")
+    full = train("full")
+    assert "no GPU" not in capsys.readouterr().out
+    half = train("half", "--mixed_precision", "bf16")
+    assert "there is no GPU, so bf16 runs on the CPU" in capsys.readouterr().out
     first, rounded = metrics(full, "loss")[0][1], metrics(half, "loss")[0][1]
     assert first != rounded == pytest.approx(first, rel=2e-2)
     assert drift(full, half, tiny_model) < 0.5

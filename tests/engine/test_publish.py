@@ -92,7 +92,7 @@ def test_push(hub, train, pictures, tiny_model, tmp_path, monkeypatch):
     assert uploaded == published(output)
     parts = {"text_encoder", "unet", "vae", "scheduler", "tokenizer", "samples", "model_index.json", "README.md"}
     assert {name.split("/")[0] for name in uploaded} == parts
-    assert {name.split(".")[-1] for name in uploaded} == {"safetensors", "json", "md", "png"}
+    assert {name.split(".")[-1] for name in uploaded} == {"safetensors", "json", "md", "png", "txt"}
     for secret in (TOKEN, str(tmp_path), str(pictures), str(tiny_model), str(ROOT), str(Path.home()), "/tmp"):
         assert [name for name, data in uploaded.items() if secret.encode() in data] == []
     calls = [

@@ -15,6 +15,7 @@ from helpers import (
     changed,
     flags_of,
     for_each_family,
+    make_picture,
     make_pictures,
     metrics,
     refused_base,
@@ -25,7 +26,9 @@ from helpers import (
 )
 from safetensors.torch import load_file, save_file
 from single_file import save_single_file
+from transformers import CLIPTokenizer
 
+import train_dreambooth
 import train_lora
 
 
@@ -178,6 +181,33 @@ def test_a_single_file_trains_as_its_folder(base, family, train, tmp_path):
     assert type(pipeline).__name__ == type(DiffusionPipeline.from_pretrained(base)).__name__
     saved = [path for path in single.rglob("*.json") if path.name != "state.json"]  # of a checkpoint, never uploaded
     assert saved and str(tmp_path) not in "".join(path.read_text() for path in saved)
+
+
+@for_each_family
+def test_older_programs_read_a_result(base, family, train, trainer, tmp_path):
+    """Tokenizers have their two files and text encoders the published names, also if the base has other ones."""
+    file, flags = save_single_file(base, tmp_path / "model.safetensors"), ("--single_file_config", base)
+    newer = shutil.copytree(base, tmp_path / "newer")
+    weights = load_file(newer / "text_encoder" / "model.safetensors")
+    weights = {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
+    save_file(weights, newer / "text_encoder" / "model.safetensors", {"format": "pt"})
+    subject = make_picture(tmp_path / "subject" / "a.png").parent
+    words = ("--instance_data_dir", subject, "--instance_prompt", "sks", "--train_text_encoder")
+    trained = trainer(train_dreambooth, *words, *flags, "--checkpointing_steps", 4)("trained", base=file)
+    frozen = (train("of a file", *flags, base=file), train("of a folder", base=newer))
+    for place in (*frozen, trained, trained / "checkpoint-4"):
+        for part in sorted(base.glob("text_encoder*")):
+            names = load_file(place / part.name / "model.safetensors").keys()
+            assert names == load_file(part / "model.safetensors").keys()
+            projection = {"text_projection.weight"} if part.name == "text_encoder_2" else set()
+            assert projection == {name for name in names if not name.startswith("text_model.")}
+            ends = ("embeddings.token_embedding", "encoder.layers.0.self_attn.q_proj", "final_layer_norm")
+            assert {f"text_model.{end}.weight" for end in ends} <= names
+    for part in sorted(base.glob("tokenizer*")):
+        vocabulary = CLIPTokenizer.from_pretrained(part).get_vocab()
+        for place in (*frozen, trained):
+            assert json.loads((place / part.name / "vocab.json").read_text()) == vocabulary
+            assert (place / part.name / "merges.txt").read_text().startswith("#version")
 
 
 def test_a_single_file_without_configs_offline(tiny_model, tmp_path, capsys):
