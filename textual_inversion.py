@@ -1684,6 +1684,8 @@ def check_record(record, stop):
         return record["problem"]
     if not record["captions"]:
         return "has no caption"
+    if record["rows"] is None and os.path.exists(record["name"]) and not os.path.isfile(record["name"]):
+        return "is no file"  # but a pipe, say, at which reading would wait
     try:
         data = read_bytes(record)
         return (digest(data), *open_image(data).size) if data else "is empty (0 bytes)"
@@ -1696,13 +1698,16 @@ def check_record(record, stop):
 
 
 def stamp(record):
-    """Names a picture's state without reading it: by its file's size and time, or its data set's fingerprint."""
+    """Names a picture's state without reading it: by its file's size and times, or its data set's fingerprint."""
     captioned = bool(record["captions"]) and not record.get("problem")
     if record["rows"] is not None:
         return digest(record["rows"]._fingerprint, record["row"], captioned)
     file = Path(record["name"])
-    size_and_time = (file.stat().st_size, file.stat().st_mtime_ns) if os.path.isfile(file) else ()
-    return digest(str(file.absolute()), *size_and_time, captioned)
+    if not os.path.isfile(file):
+        return digest(str(file.absolute()), captioned)
+    stat = file.stat()
+    # A copy can be given any time of modification, but none of the change itself.
+    return digest(str(file.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, captioned)
 
 
 def read_manifest(file):

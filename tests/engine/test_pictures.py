@@ -478,6 +478,10 @@ def test_unchanged_pictures_are_not_decoded_again(check, tmp_path, monkeypatch):
     (folder / "006.txt").write_text("one more")
     (folder / "metadata.jsonl").write_text((folder / "metadata.jsonl").read_text().replace("a red", "a pink"))
     assert count() == 1
+    times, size = (folder / "004.png").stat(), (folder / "004.png").stat().st_size
+    (folder / "004.png").write_bytes((folder / "000.png").read_bytes()[:size].ljust(size, b"\0"))
+    os.utime(folder / "004.png", ns=(times.st_atime_ns, times.st_mtime_ns))  # as cp -p leaves it
+    assert count() == 1
     times = (folder / "002.jpg").stat()
     (folder / "002.jpg").write_bytes((folder / "002.jpg").read_bytes()[:300])
     os.utime(folder / "002.jpg", ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -497,6 +501,14 @@ def test_unchanged_rows_are_not_decoded_again(check, tmp_path, monkeypatch):
 
 
 # Folders and rows that mislead.
+
+
+def test_a_pipe_is_no_picture(check, tmp_path):
+    """Nothing waits for what will never be written to it."""
+    folder = make_pictures(tmp_path / "pictures")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "pipe.txt").write_text("a pipe")
+    assert "pipe.png is no file" in check(folder)
 
 
 def test_links_that_lead_back_are_walked_once(tmp_path):
