@@ -208,7 +208,9 @@ def read_rows(args, files, columns):
             rows = datasets.load_dataset(name, config, split="train", cache_dir=args.cache_dir)
         else:
             files_by_split = {"train": [glob.escape(str(file)) for file in files]}  # which are read as patterns
-            rows = datasets.load_dataset("parquet", data_files=files_by_split, split="train", cache_dir=args.cache_dir)
+            # The library tells files by their time of modification, which a copy can share with another file.
+            cache_dir = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, digest(*map(file_state, files)))
+            rows = datasets.load_dataset("parquet", data_files=files_by_split, split="train", cache_dir=str(cache_dir))
     except Exception as error:  # anything, from an unknown name to a broken file
         raise SystemExit(f"The data set {args.dataset_name or files[0].parent} cannot be loaded: {error}")
     for flag, column in columns.items():
@@ -731,8 +733,7 @@ def identity(run, models):
     if run.args.pretrained_model_name_or_path:
         base = weights_digest(models.unet)
     else:  # whatever the size of the pictures, and wherever the config is from
-        config = sorted(models.unet.config.items())
-        base = digest([(name, value) for name, value in config if name != "sample_size" and not name.startswith("_")])
+        base = digest([setting for setting in model_settings(models.unet) if setting[0] != "sample_size"])
     return {
         "base model": base,
         "--use_ema": run.args.use_ema,
@@ -870,9 +871,9 @@ def loading_code(run, models, name):
 #   loading_code(run, models, name) -> text
 #       the lines that load the result by its name, and make a picture
 #
-# What it offers them: list_files, is_picture, print_passed_over, digest, weights_digest, replace_file; samples.rng,
-# .choose_crop, .pixels; prepare_unet, make_optimizer; prediction_target, snr_weights; together, on_main_process,
-# save_result.
+# What it offers them: list_files, is_picture, print_passed_over, digest, file_state, model_settings, weights_digest,
+# replace_file; samples.rng, .choose_crop, .pixels; prepare_unet, make_optimizer; prediction_target, snr_weights;
+# together, on_main_process, save_result.
 
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
@@ -1128,7 +1129,11 @@ class Samples(torch.utils.data.Dataset):
     def pixels(self, crop):
         """Resizes, crops and flips a picture to float32 in [-1, 1], shape (3, resolution, resolution)."""
         resample = Image.Resampling[self.args.image_interpolation_mode.removesuffix("_exact").upper()]
-        image, side = open_image(read_bytes(self.records[crop.index])), self.resolution
+        record, side = self.records[crop.index], self.resolution
+        data = read_bytes(record)
+        if digest(data) != record["digest"]:
+            raise OSError(f"{record['name']} is not what it was when it was checked")
+        image = open_image(data)
         left, right = (x * image.width / crop.width for x in (crop.left, crop.left + side))
         top, bottom = (y * image.height / crop.height for y in (crop.top, crop.top + side))
         # The crop alone: 4000 x 1 pixels as a whole would take 4 GiB.
@@ -1174,9 +1179,17 @@ def digest(*parts):
     return blake.hexdigest()
 
 
+def model_settings(model):
+    """Lists what a model's config says of how it computes, such as its heads, and not of where it is from."""
+    config = model.config if isinstance(model.config, dict) else model.config.to_dict()
+    apart = ("architectures", "dtype", "transformers_version")
+    return [(name, config[name]) for name in sorted(config) if not name.startswith("_") and name not in apart]
+
+
 def weights_digest(model):
-    """Names a model by its layers and the values of its weights."""
-    return digest(repr(model), *(tensor.contiguous().numpy() for tensor in model.state_dict().values()))
+    """Names a model by its config, its layers and the values of its weights."""
+    values = [tensor.contiguous().numpy() for tensor in model.state_dict().values()]
+    return digest(model_settings(model), repr(model), *values)
 
 
 def list_files(folder):
@@ -1194,7 +1207,8 @@ def list_files(folder):
         walked.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files += [Path(place, name) for name in names if not name.startswith(".")]
-    return sorted(files)
+    # No pipes and the like, at which reading would wait; a link that leads nowhere is told of later.
+    return sorted(file for file in files if os.path.isfile(file) or not os.path.exists(file))
 
 
 def is_picture(file):
@@ -1223,8 +1237,14 @@ def open_image(data):
     """Decodes a picture upright, transparency on white, to RGB, or 16-bit or float grey to float32 in [0, 255]."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image, dtype=np.float32)
+        highest = values.max()
+        if highest > (1 if image.mode == "F" else 65535):
+            raise ValueError(f"its grey values go up to {highest:g}, and not to 1 (floats) or 65535 (integers)")
         unit = 1 / 255 if image.mode == "F" else 257
-        return Image.fromarray((np.asarray(image, dtype=np.float32) / unit).clip(0, 255))
+        if image.mode == "I" and highest <= 255:  # 32 bits for values of 8
+            unit = 1
+        return Image.fromarray((values / unit).clip(0, 255))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -1239,6 +1259,8 @@ def check_record(record, stop):
         return record["problem"]
     if not record["captions"]:
         return "has no caption"
+    if re.search("[\0\ud800-\udfff]", "".join(record["captions"])):
+        return "has a caption with characters that UTF-8 does not have, or null bytes"
     if record["rows"] is None and os.path.exists(record["name"]) and not os.path.isfile(record["name"]):
         return "is no file"  # but a pipe, say, at which reading would wait
     try:
@@ -1255,20 +1277,26 @@ def check_record(record, stop):
 def stamp(record):
     """Names a picture's state without reading it: by its file's size and times, or its data set's fingerprint."""
     captioned = bool(record["captions"]) and not record.get("problem")
-    if record["rows"] is not None:
-        return digest(record["rows"]._fingerprint, record["row"], captioned)
-    file = Path(record["name"])
-    if not os.path.isfile(file):
-        return digest(str(file.absolute()), captioned)
-    stat = file.stat()
-    # A copy can be given any time of modification, but none of the change itself.
-    return digest(str(file.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, captioned)
+    if record["rows"] is None:
+        return digest(file_state(record["name"]), captioned)
+    (image,) = record["rows"][record["row"]].values()
+    state = file_state(image["path"]) if image and image["bytes"] is None else None
+    return digest(record["rows"]._fingerprint, record["row"], state, captioned)
+
+
+def file_state(path):
+    """Lists what changes with a file: its size and times. A copy can be given any time but that of its change."""
+    if not path or not os.path.isfile(path):
+        return [path]
+    stat = os.stat(path)
+    return [os.path.abspath(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def read_manifest(file):
-    """Returns what is known of checked pictures, by their stamps."""
+    """Returns what is known of checked pictures, by their stamps; a checksum stands on the first line."""
     try:
-        return json.loads(file.read_text())
+        checksum, text = file.read_text().split("\n")
+        return json.loads(text) if int(checksum) == zlib.crc32(text.encode()) else {}
     except (OSError, ValueError):  # there is none yet, or it is torn
         return {}
 
@@ -1289,6 +1317,7 @@ def check_records(run, records):
         known[stamps[i]] = found[i]
     if not run.args.no_encoding_cache:
         text = json.dumps({name: known[name] for name in stamps if name in known})
+        text = f"{zlib.crc32(text.encode())}\n{text}"
         together(replace_file, manifest, text.encode(), on=main_process, folder=manifest.parent)
     run.stop.exit_if_asked()
     if bad:
@@ -1533,7 +1562,7 @@ class StopFlag:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
     def set(self, signum, frame):
-        if signum == self.signum == signal.SIGINT:
+        if signum == signal.SIGINT and self.signum:
             raise KeyboardInterrupt
         self.signum = self.signum or signum
 
@@ -1918,18 +1947,23 @@ def make_accelerator(args):
     for name in ("FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             raise SystemExit(f"{name} is not supported: launch on several GPUs without it, or with DeepSpeed.")
-    if args.mixed_precision is None and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8":
-        raise SystemExit("The launcher asks for fp8, which is not supported: give --mixed_precision bf16, fp16 or no.")
-    accelerator = Accelerator(
-        # A number would give way to ACCELERATE_GRADIENT_ACCUMULATION_STEPS.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_dir=Path(args.output_dir, args.logging_dir),
-        # Otherwise DDP sorts its buckets anew after a first step, and a resumed run adds up in another order. Buffers,
-        # which are constants, would be sent at every forward pass, of which ranks take unlike numbers in a validation.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
-    )
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision not in ("no", "fp16", "bf16"):
+        raise SystemExit(f"The launcher's precision {precision} is not supported: give --mixed_precision bf16 or no.")
+    try:
+        accelerator = Accelerator(
+            # A number would give way to ACCELERATE_GRADIENT_ACCUMULATION_STEPS.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
+            mixed_precision=precision,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_dir=Path(args.output_dir, args.logging_dir),
+            # Otherwise DDP sorts its buckets anew after a first step, and a resumed run adds up in another order.
+            # Buffers, which are constants, would be sent at every forward pass, of which ranks take unlike numbers in
+            # a validation.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
+        )
+    except (ImportError, ValueError) as error:
+        raise SystemExit(f"The launcher's settings, or variables like them, cannot be used: {error}")
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
         raise SystemExit(
             f"The launcher started {os.environ['WORLD_SIZE']} processes, each of which would train alone. "
@@ -1973,16 +2007,17 @@ def make_optimizer(run, groups):
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
         config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
         config["gradient_clipping"] = args.max_grad_norm
+    lr = groups[0]["lr"]  # of which the schedule "polynomial" keeps a small part to its end
     betas = (args.adam_beta1, args.adam_beta2)
     eps = args.adam_epsilon
     weight_decay = args.adam_weight_decay
     if args.use_8bit_adam:
         import bitsandbytes  # not every machine can install it
 
-        return bitsandbytes.optim.AdamW8bit(groups, betas=betas, eps=eps, weight_decay=weight_decay)
+        return bitsandbytes.optim.AdamW8bit(groups, lr, betas=betas, eps=eps, weight_decay=weight_decay)
     # A fused step hides from accelerate that the scaler of fp16 skipped it.
     fused = accelerator.scaler is None
-    return torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
+    return torch.optim.AdamW(groups, lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
 
 
 def make_lr_scheduler(run, optimizer):
@@ -2084,6 +2119,8 @@ def print_header(run, models, data):
     )
     if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu":
         accelerator.print("           there is no GPU, so bf16 runs on the CPU")
+    if args.lr_scheduler != "constant" and args.lr_warmup_steps >= run.max_train_steps:
+        accelerator.print("warmup     does not end before the run does: --lr_warmup_steps says how long it takes")
     if args.checkpointing_steps and needed > free:
         raise SystemExit(f"A checkpoint needs {needed:.2f} GiB, and {args.output_dir} has {free:.2f} GiB free.")
 

@@ -309,9 +309,11 @@ def samples_of(folder, *flags, seed=0, twice=False):
     args = parse(folder, *flags)
     records = []
     for record in script.read_records(args):
-        size = script.open_image(Path(record["name"]).read_bytes()).size
+        data = Path(record["name"]).read_bytes()
         captions = record["captions"] + [f"again {caption}" for caption in record["captions"] if twice]
-        records.append({**record, "captions": captions, "digest": record["name"], "size": size})
+        records.append(
+            {**record, "captions": captions, "digest": script.digest(data), "size": script.open_image(data).size}
+        )
     side = args.resolution // 2
     return script.Samples(args, records, seed, args.resolution, (4, side, side), 1000)
 

@@ -143,6 +143,19 @@ def test_learning_rates(train, scheduler):
     assert metrics(out, "lr") == [(i + 1, pytest.approx(1e-3 * rate)) for i, rate in enumerate(wanted)]
 
 
+def test_polynomial_decay_ends_near_zero(train):
+    """Its floor is 1e-7, as in the example scripts, whatever the rate it starts from."""
+    flags = ("--lr_scheduler", "polynomial", "--learning_rate", 1e-3, "--max_train_steps", 1000)
+    end = [rate for step, rate in metrics(train("out", *flags, "--lr_power", 50, "--max_train_steps", 8), "lr")]
+    assert end[-1] == pytest.approx(1e-7, rel=1e-3)
+
+
+def test_a_warmup_that_never_ends_is_told(train, capsys):
+    """The default of 500 steps is more than a short run has."""
+    train("out", "--lr_scheduler", "cosine", "--lr_warmup_steps", 500)
+    assert "does not end before the run does: --lr_warmup_steps" in capsys.readouterr().out
+
+
 def test_scale_lr(train, tiny_model):
     """--scale_lr multiplies the learning rate by the total batch size, and does nothing else."""
     flags = ("--train_batch_size", 2, "--gradient_accumulation_steps", 2, "--max_train_steps", 2)
@@ -236,6 +249,14 @@ def test_precision_of_the_launcher(train, tmp_path, monkeypatch):
     assert same(weights(configured), weights(typed))
     assert {t.dtype for t in weights(configured).values() if t.is_floating_point()} == {torch.float32}
     assert "# mixed_precision: bf16\n" in (configured / "train_args.yaml").read_text()
+
+
+def test_precision_of_the_launcher_in_capitals(train, monkeypatch, capsys):
+    """It is the same, and the header does not say otherwise."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "BF16")
+    monkeypatch.setenv("RANK", "0")
+    train("out", "--max_train_steps", 1)
+    assert "precision bf16" in capsys.readouterr().out
 
 
 def test_fp16_takes_no_fused_step(tiny_model, pictures, tmp_path):

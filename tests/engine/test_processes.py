@@ -138,6 +138,30 @@ def test_other_kinds_of_parallelism_are_refused(name, start, command, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("ACCELERATE_MIXED_PRECISION", "half"),
+        ("ACCELERATE_MIXED_PRECISION", "FP8"),
+        ("ACCELERATE_DYNAMO_BACKEND", "nonsense"),
+        ("ACCELERATE_USE_CPU", "maybe"),
+        ("ACCELERATE_USE_DEEPSPEED", "true"),
+    ],
+)
+def test_a_launchers_nonsense_is_refused(name, value, train, monkeypatch):
+    """It is said in a sentence, before anything is loaded."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="The launcher's (precision|settings)"):
+        train("out")
+
+
+def test_processes_of_an_earlier_launch(train, monkeypatch, tmp_path):
+    """A number of processes that is left in the environment leaves no gap in the cache."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    out = train("out", "--encoding_cache_dir", tmp_path / "cache")
+    assert len(metrics(out, "loss")) == 4
+
+
 @pytest.mark.launch
 def test_a_launchers_fp8_is_refused(start, command, tmp_path):
     """It is told how to ask for another precision, and a flag wins."""

@@ -13,6 +13,7 @@ from diffusers import UNet2DConditionModel
 from helpers import (
     RANDOM,
     assert_equal,
+    changed,
     count_calls,
     everything,
     files_in,
@@ -272,6 +273,9 @@ def test_another_run_is_not_resumed(command, refused, out, pictures, tiny_model,
         save_file({**tensors, name: tensors[name] + 1e-3}, file, metadata={"format": "pt"})
         assert "another base model" in refused(*flags, "--pretrained_model_name_or_path", model)
         file.write_bytes(good)
+
+    heads = changed(tiny_model, tmp_path / "heads", "unet", attention_head_dim=8)
+    assert "another base model" in refused(*flags, "--pretrained_model_name_or_path", heads)
 
     data = shutil.copytree(pictures, tmp_path / "pictures")
     captions = (data / "metadata.jsonl").read_text()

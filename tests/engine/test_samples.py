@@ -48,6 +48,17 @@ DECODED = {
 }
 
 
+def test_integers_of_32_bits(tmp_path):
+    """They are taken for the 8 or 16 bits that their values fill, and refused beyond."""
+    for highest, unit in ((255, 1), (65535, 257)):
+        values = np.linspace(0, highest, 256).astype(np.int32).reshape(16, 16)
+        Image.fromarray(values).save(tmp_path / "x.tif")
+        assert np.allclose(script.open_image((tmp_path / "x.tif").read_bytes()), values / unit)
+    Image.fromarray(np.full((4, 4), 70_000, dtype=np.int32)).save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match="up to 70000"):
+        script.open_image((tmp_path / "x.tif").read_bytes())
+
+
 @pytest.mark.parametrize("mode", DECODED)
 def test_decoding(tmp_path, monkeypatch, mode):
     """Transparency is laid on white, 16-bit grey is scaled and keeps its precision, and other kinds become RGB."""

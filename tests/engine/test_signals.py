@@ -170,6 +170,19 @@ def test_a_second_interrupt_stops_at_once(workers, start, command, tmp_path):
 
 
 @pytest.mark.launch
+def test_an_interrupt_after_another_signal_stops_at_once(start, command, tmp_path):
+    """Ctrl-C does not wait for the step that SIGTERM lets finish."""
+    flags = ("--max_train_steps", 20, "--gradient_accumulation_steps", 2000)
+    process = start(command(tmp_path / "out", *flags))
+    process.until(lambda: "training" in process.output())
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(15) != 143, process.output()
+    assert list((tmp_path / "out").glob("*checkpoint*")) == []
+
+
+@pytest.mark.launch
 def test_a_crash_does_not_wait_for_the_loader(start, command, pictures, tmp_path):
     """Workers that ignore SIGTERM do not keep a run alive that an error has ended."""
     data = shutil.copytree(pictures, tmp_path / "pictures")

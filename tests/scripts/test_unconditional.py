@@ -346,7 +346,8 @@ def test_fine_grey_keeps_its_precision(config, tmp_path, kind):
         Image.fromarray(grey.astype(np.float32)).save(tmp_path / "fine.tiff")
     args = script.parse_args(flags_of(config, tmp_path, "unused", "--preserve_input_precision"))
     (record,) = script.read_records(args)
-    samples = script.Samples(args, [record | {"size": (16, 16), "digest": ""}], 0, 16, (3, 16, 16), 1000)
+    digest = script.digest(script.read_bytes(record))
+    samples = script.Samples(args, [record | {"size": (16, 16), "digest": digest}], 0, 16, (3, 16, 16), 1000)
     pixels = samples[0, 0]["pixel_values"]
     assert pixels.shape == (3, 16, 16) and torch.equal(pixels[0], pixels[1]) and torch.equal(pixels[0], pixels[2])
     np.testing.assert_allclose(pixels[0], 2 * grey - 1, atol=2e-5)

@@ -80,6 +80,7 @@ def two(made, tmp_path):
         ("interpolation", 2, 0),
         ("vae", 2, 0),
         ("text_encoder", 0, 2),
+        ("heads of the text encoder", 0, 2),
         ("precision", 2, 2),
     ],
 )
@@ -98,6 +99,8 @@ def test_cache_key(train, two, tiny_model, tmp_path, change, new_latents, new_pr
         make_picture(two / "a.png", (17, 16), "green")
     if change == "caption":
         (two / "a.txt").write_text("another")
+    if change == "heads of the text encoder":  # of which its weights and layers say nothing
+        base = changed(tiny_model, tmp_path / "base", "text_encoder", num_attention_heads=4)
     if change in ("unet", "vae", "text_encoder"):
         base = shutil.copytree(tiny_model, tmp_path / "base")
         scale_weight(base, change)

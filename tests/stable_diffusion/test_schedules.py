@@ -1,12 +1,15 @@
 """What the UNet predicts and the noise schedule: saved with the result, and zero terminal SNR."""
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 from diffusers import DDPMScheduler, DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline
-from helpers import changed, for_each_family, refused_base, same, weights
+from helpers import changed, for_each_family, metrics, refused_base, same, weights
+
+import train_lora
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -86,3 +89,52 @@ def test_another_noise_schedule_is_not_resumed(tiny_sd2_model, train):
     train("out", "--max_train_steps", 2, "--checkpointing_steps", 2, base=tiny_sd2_model)
     with pytest.raises(SystemExit, match="noise schedule"):
         train("out", "--rescale_betas_zero_snr", "--resume_from_checkpoint", "latest", base=tiny_sd2_model)
+
+
+@pytest.fixture
+def sparse_model(tiny_model, tmp_path):
+    """The tiny model with SD 1.5's scheduler as it is published: PNDM, whose file leaves most settings to defaults."""
+    base = shutil.copytree(tiny_model, tmp_path / "sparse")
+    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    settings |= {"num_train_timesteps": 1000, "skip_prk_steps": True, "set_alpha_to_one": False, "trained_betas": None}
+    names = {"_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "clip_sample": False}
+    (base / "scheduler" / "scheduler_config.json").write_text(json.dumps(names | settings))
+    index = json.loads((base / "model_index.json").read_text()) | {"scheduler": ["diffusers", "PNDMScheduler"]}
+    (base / "model_index.json").write_text(json.dumps(index))
+    return base
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--prediction_type", "v_prediction"),
+        ("--prediction_type", "sample"),
+        ("--prediction_type", "v_prediction", "--rescale_betas_zero_snr"),
+    ],
+    ids=["v", "sample", "zero snr"],
+)
+def test_a_schedule_that_is_changed_where_the_base_has_defaults(flags, train, tiny_model, sparse_model):
+    """What the flags change is trained, saved and told, whether the base's file names those settings or not."""
+    wanted = train("wanted", *flags, base=tiny_model)
+    out = train("out", *flags, "--validation_prompts", "a cat", base=sparse_model)
+    assert metrics(out, "loss") == metrics(wanted, "loss")
+    config = StableDiffusionPipeline.from_pretrained(out).scheduler.config
+    assert config.prediction_type == flags[1]
+    zero = len(flags) > 2
+    assert config.get("rescale_betas_zero_snr", False) is zero
+    assert not zero or config.timestep_spacing == "trailing"
+
+
+def test_the_printed_lines_change_the_schedule_too(trainer, sparse_model, monkeypatch):
+    """The lines that load adapters give the base the schedule that they were trained on."""
+    adapters = trainer(train_lora)
+    flags = ("--prediction_type", "v_prediction", "--rescale_betas_zero_snr")
+    out = adapters("out", *flags, base=sparse_model)
+    code = re.search(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[1]
+    monkeypatch.chdir(out.parent)
+    lines = code.replace("'out'", f"'{out}'").split("pipeline.load_lora_weights")[0]
+    found = {}
+    exec(lines, found)
+    config = found["pipeline"].scheduler.config
+    settings = (config.prediction_type, config.rescale_betas_zero_snr, config.timestep_spacing)
+    assert settings == ("v_prediction", True, "trailing")
