@@ -44,6 +44,7 @@ import math
 import multiprocessing
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -416,7 +417,8 @@ def folder_problems(args, flag, folder):
 def model_problems(args, flag, path):
     """Lists what can be wrong with where a model lies that is read, if it is on this machine."""
     here = path and os.path.exists(path)
-    nested = here and (lies_in(path, args.output_dir) or lies_in(args.output_dir, path))
+    parts = [path, *Path(path).glob("*")] if here else []  # of which each may be a link
+    nested = here and (lies_in(args.output_dir, path) or any(lies_in(part, args.output_dir) for part in parts))
     return [(nested, f"{flag} {path} would be overwritten: neither it nor --output_dir may lie in the other")]
 
 
@@ -579,8 +581,9 @@ from tqdm.contrib.concurrent import thread_map
 
 # The method: its pictures, what a sample draws, its models and their loss, what it saves.
 
-# What is uploaded: no checkpoints, no logs, no arguments with their local paths.
-PUBLISHED = "README.md model_index.json samples/* unet/* scheduler/*".split()
+# What is uploaded, or deleted to start anew: no checkpoints, no logs, no arguments with their local paths.
+PUBLISHED = "README.md model_index.json samples/step-*.png".split()
+PUBLISHED += "unet/*.json unet/*.safetensors scheduler/*.json".split()
 CARD = {"pipeline_tag": "unconditional-image-generation", "tags": ["ddpm"]}
 # The UNet of a run that gives neither weights nor a config: 113.7 million weights.
 NEW_UNET = {
@@ -830,7 +833,7 @@ def loading_code(run, models, name):
 # nothing to do, or which fence has the hook already.
 #
 #   PUBLISHED
-#       patterns of the files that are uploaded
+#       patterns of the files of a result, and of no others: they are uploaded, or deleted to start anew
 #   CARD
 #       what the model card's header says of the method [{}]
 #   cache_folder(args) -> path
@@ -878,7 +881,7 @@ def loading_code(run, models, name):
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
 VALIDATION_DRAWS = 4  # noises and timesteps for each held-out picture
-STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1"} & {*dir(signal)}
+STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"} & {*dir(signal)}
 # What a run that is killed may have been writing: a checkpoint, or a file that replace_file was to put in place.
 TORN = (
     r"\.checkpoint-\d+\.tmp|\.(README\.md|(train_args|state)\.\w+|metrics\.jsonl|[\w-]+\.safetensors)\.[0-9a-f]+\.tmp"
@@ -893,6 +896,7 @@ def train(run, models, data, optimizer, lr_scheduler):
     validations = steps_to_validate(run, data)
     if run.global_step in validations:  # step 0, or one due when the checkpoint was written, as saving comes first
         validate(run, models, data)
+        run.stop.exit_if_asked()  # resuming validates again
     progress_bar = tqdm(
         desc="training",
         total=run.max_train_steps,
@@ -945,11 +949,14 @@ def train(run, models, data, optimizer, lr_scheduler):
         # Saved before it is validated: a stop in a long validation then loses no step, and resuming validates again.
         if save_now or asked_to_stop:
             save_checkpoint(run, models)
+        if validate_now and not asked_to_stop:
+            validate(run, models, data)
+            asked_to_stop = run.stop.was_asked()
+            if asked_to_stop and not save_now:
+                save_checkpoint(run, models)
         if asked_to_stop:
             accelerator.print(f"\nStopped after step {step + 1}, and saved: --resume_from_checkpoint latest goes on.")
             run.stop.exit_if_asked()
-        if validate_now:
-            validate(run, models, data)
         if save_now or validate_now:
             last_time = time.perf_counter()
     progress_bar.close()
@@ -957,8 +964,8 @@ def train(run, models, data, optimizer, lr_scheduler):
 
 def execute(args, accelerator, stop, lock):
     """The stages of a run, from the flags to what it leaves."""
+    together(take_folder, args, lock, on=accelerator.is_main_process, folder=args.output_dir)
     run, checkpoint, settings = begin_run(args, accelerator, stop)
-    on_main_process(run, take_folder, args, lock)
     repo_id = Path(args.output_dir).resolve().name
     if args.push_to_hub:
         repo_id = on_main_process(run, open_repository, args)
@@ -1491,7 +1498,9 @@ def log_pictures(run, images):
 def log_row(run, row):
     """Appends a row of numbers to metrics.jsonl and sends it to the trackers."""
     if run.accelerator.is_main_process:
-        with open(Path(run.args.output_dir, run.args.logging_dir, "metrics.jsonl"), "a") as metrics:
+        logs = Path(run.args.output_dir, run.args.logging_dir)
+        logs.mkdir(exist_ok=True, parents=True)  # someone may have tidied up
+        with open(logs / "metrics.jsonl", "a") as metrics:
             metrics.write(json.dumps(row) + "\n")
     run.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
 
@@ -1555,7 +1564,9 @@ class StopFlag:
     def __init__(self):
         self.signum = 0
         for name in STOP_SIGNALS:
-            signal.signal(getattr(signal, name), self.set)
+            ignored = signal.getsignal(getattr(signal, name)) == signal.SIG_IGN
+            if not (name == "SIGHUP" and ignored):  # by nohup
+                signal.signal(getattr(signal, name), self.set)
         # accelerate's launcher forwards nothing to a lone process, so a parent that vanishes counts as SIGTERM.
         if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ:
             PR_SET_PDEATHSIG = 1
@@ -1566,9 +1577,13 @@ class StopFlag:
             raise KeyboardInterrupt
         self.signum = self.signum or signum
 
+    def was_asked(self):
+        """Returns the signal by which any rank was asked to stop, or 0; all ranks call this together."""
+        return max(gather_object([self.signum]))
+
     def exit_if_asked(self):
         """Ends every rank with 128 + signal if one was asked to stop; all ranks call this together."""
-        if signum := max(gather_object([self.signum])):
+        if signum := self.was_asked():
             raise SystemExit(128 + signum)
 
 
@@ -1658,7 +1673,9 @@ def state_text(run):
 
 def mark_end(run):
     """Writes state.json beside the result, by which has_ended knows that the run has ended, and when."""
-    replace_file(Path(run.args.output_dir, "state.json"), state_text(run).encode())
+    output_dir = Path(run.args.output_dir)
+    flush(*results(output_dir), *{path.parent for path in results(output_dir)})
+    replace_file(output_dir / "state.json", state_text(run).encode())
 
 
 def numbered_checkpoints(output_dir):
@@ -1697,8 +1714,13 @@ def flush(*paths):
     """Has the system write files and folders to the disk, where it lets folders be opened."""
     for path in paths if os.name == "posix" else ():
         descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        except OSError:
+            if not path.is_dir():  # which some shared disks cannot flush
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def seal_checkpoint(folder, target, limit):
@@ -1708,13 +1730,16 @@ def seal_checkpoint(folder, target, limit):
     checksums = {str(file.relative_to(folder)): checksum(file) for file in folder.rglob("*") if file.is_file()}
     (folder / "manifest.json").write_text(json.dumps(checksums))
     flush(*folder.rglob("*"), folder)
-    if target.exists():  # torn since
+    if os.path.lexists(target):  # torn since
         remove(target)
     os.replace(folder, target)
     flush(target.parent)
     checkpoints = numbered_checkpoints(target.parent)
     for path in checkpoints[: checkpoints.index(target) + 1][:-limit] if limit else []:
-        remove(path)
+        try:
+            remove(path)
+        except OSError as error:  # a shared disk keeps what another program has open
+            print(f"{path} could not be deleted: {error}")
 
 
 def save_checkpoint(run, models):
@@ -1733,28 +1758,57 @@ def save_checkpoint(run, models):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def find_checkpoint(args):
-    """Returns the checkpoint to resume from, or None; refuses a folder that holds another run."""
-    resume, found = args.resume_from_checkpoint, numbered_checkpoints(args.output_dir)
-    if Path(args.output_dir, "model_index.json").exists() and not Path(args.output_dir, "train_args.yaml").exists():
+def check_folder(args):
+    """Refuses an output folder that holds what is not this run's to write over."""
+    output_dir, resume = Path(args.output_dir), args.resume_from_checkpoint
+    found = numbered_checkpoints(output_dir)
+    left = found + results(output_dir)
+    foreign = [path for path in left if script_of(path) is None]  # or torn, or a result
+    if foreign and not (output_dir / "train_args.yaml").exists():
         raise SystemExit(
-            f"{args.output_dir} holds a model that no run of this script left: take another --output_dir."
+            f"{output_dir} holds {foreign[0].name}, which no run of this script left: take another folder."
         )
-    if resume is None and not args.overwrite_output_dir and (found or Path(args.output_dir, "README.md").exists()):
+    scripts = {script_of(folder) for folder in (output_dir, *found)} - {None}
+    if scripts - {Path(__file__).stem}:
+        raise SystemExit(f"{output_dir} holds a run of {', '.join(scripts)}.py: take another --output_dir.")
+    elsewhere = False
+    if resume not in (None, "latest"):
+        checkpoint = Path(resume) if Path(resume).is_dir() else output_dir / resume
+        elsewhere = os.path.realpath(checkpoint.parent) != os.path.realpath(output_dir)
+    if left and (elsewhere or resume is None and not args.overwrite_output_dir):
         raise SystemExit(
-            f"{args.output_dir} holds another run: go on with it by --resume_from_checkpoint latest, "
+            f"{output_dir} holds another run: go on with it by --resume_from_checkpoint latest, "
             "start anew and delete what it left by --overwrite_output_dir, or choose another --output_dir."
         )
-    elif resume == "latest":
+
+
+def results(output_dir):
+    """Lists what there is of what a run leaves, but not what a link leads to."""
+    paths = [path for pattern in PUBLISHED for path in sorted(output_dir.glob(pattern))]
+    return [path for path in paths if path.parent == output_dir or not path.parent.is_symlink()]
+
+
+def script_of(folder):
+    """Returns the name of the script that left a state.json in a folder, or None."""
+    try:
+        return json.loads((folder / "state.json").read_text())["identity"]["script"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def find_checkpoint(args):
+    """Returns the checkpoint to resume from, or None."""
+    resume, found = args.resume_from_checkpoint, numbered_checkpoints(args.output_dir)
+    if resume == "latest":
         for path in reversed(found):
-            if is_whole(path):
+            if is_whole(path) and path.name == f"checkpoint-{read_state(path)['global_step']}":
                 return path
-            print(f"Passing over {path}: it is not whole.")
+            print(f"Passing over {path}: it is not whole, or not the checkpoint of that step.")
         if not Path(args.output_dir, "state.json").exists():  # else see has_ended
             print(f"{args.output_dir} has no checkpoint to resume from: starting at step 0.")
     elif resume is not None:
         path = Path(resume) if Path(resume).is_dir() else Path(args.output_dir, resume)
-        path = next((one for one in found if one.samefile(path)), path)
+        path = next((one for one in found if os.path.realpath(one) == os.path.realpath(path)), path)
         if not is_whole(path):
             raise SystemExit(f"--resume_from_checkpoint {path} is not a whole checkpoint; 'latest' finds the newest.")
         later = found[found.index(path) + 1 :] if path in found else found
@@ -1782,7 +1836,15 @@ def has_ended(run):
     output_dir = Path(run.args.output_dir)
     if run.args.resume_from_checkpoint != "latest" or not (output_dir / "state.json").exists():
         return False
-    taken = read_state(output_dir)["global_step"]
+    try:
+        state = read_state(output_dir)
+    except SystemExit:
+        if run.global_step:  # a checkpoint says what this file should
+            return False
+        raise
+    taken = state["global_step"]
+    known = {"resolution": run.resolution} | ({"seed": run.seed} if run.args.seed is None else {})  # too early to tell
+    list_changes(run, state["settings"] | known)
     if taken >= run.max_train_steps:
         print(f"The run in {output_dir} has ended after {taken} steps: there is none left to take.")
         print("To start anew and delete what it left, give --overwrite_output_dir.")
@@ -2058,8 +2120,7 @@ def clear_folder(run):
             if re.fullmatch(TORN, torn.name):
                 remove(torn)
     if run.args.overwrite_output_dir and (output_dir / "train_args.yaml").exists():
-        results = [path for pattern in PUBLISHED for path in output_dir.glob(pattern)]
-        for path in numbered_checkpoints(output_dir) + results:
+        for path in numbered_checkpoints(output_dir) + results(output_dir):
             remove(path)
 
 
@@ -2078,8 +2139,8 @@ def write_train_args(run):
 
 def prepare_folder(run, checkpoint):
     """Makes the output folder ready: nothing left of others, the metrics so far, train_args.yaml."""
-    clear_folder(run)
     Path(run.args.output_dir, "state.json").unlink(missing_ok=True)  # the run has not ended, or goes on
+    clear_folder(run)
     Path(run.args.output_dir, "samples").mkdir(parents=True, exist_ok=True)
     metrics = (checkpoint / "metrics.jsonl").read_bytes() if checkpoint else b""
     replace_file(Path(run.args.output_dir, run.args.logging_dir, "metrics.jsonl"), metrics)
@@ -2104,7 +2165,9 @@ def print_header(run, models, data):
     args, accelerator = run.args, run.accelerator
     # Four bytes a weight, four more for its average, and AdamW's two moments of four bytes, or of one.
     bytes_a_weight = 4 + 4 * (models.ema_unet is not None) + (2 if args.use_8bit_adam else 8)
-    needed = sum(parameter.numel() for parameter in models.params_to_optimize) * bytes_a_weight / 2**30
+    weights = sum(parameter.numel() for parameter in models.params_to_optimize)
+    needed = weights * bytes_a_weight / 2**30
+    result = weights * 4 / 2**30  # at least
     free = shutil.disk_usage(args.output_dir).free / 2**30
     batch = f"{args.train_batch_size} x {accelerator.num_processes} processes x {args.gradient_accumulation_steps}"
     pictures = f"{len(data.samples)} to train on, {len(data.held_out)} held out"
@@ -2123,12 +2186,15 @@ def print_header(run, models, data):
         accelerator.print("warmup     does not end before the run does: --lr_warmup_steps says how long it takes")
     if args.checkpointing_steps and needed > free:
         raise SystemExit(f"A checkpoint needs {needed:.2f} GiB, and {args.output_dir} has {free:.2f} GiB free.")
+    if result > free:
+        raise SystemExit(f"The result needs {result:.2f} GiB, and {args.output_dir} has {free:.2f} GiB free.")
 
 
 class Output:
     """A stream whose failures are passed over: a run outlives its terminal, its pipe and the disk under its log."""
 
-    def __init__(self, stream):
+    def __init__(self, stream, stop):
+        self.stop = stop
         self.stream = stream or open(os.devnull, "w")  # it may have been closed from the start
         with contextlib.suppress(AttributeError):  # it is none of a system's files
             self.stream.reconfigure(errors="backslashreplace")  # for what its encoding lacks
@@ -2136,20 +2202,31 @@ class Output:
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
+    def is_read(self):
+        """Waits for a reader that has paused, but not once the run is to stop."""
+        with contextlib.suppress(OSError, ValueError):  # it is nothing that can be waited for
+            while not select.select([], [self.stream], [], 0.5)[1]:
+                if self.stop.signum:
+                    return False
+        return True
+
     def write(self, text):
         """Writes what can be written."""
         with contextlib.suppress(OSError):
-            self.stream.write(text)
+            if self.is_read():
+                self.stream.write(text)
         return len(text)
 
     def flush(self):
         """Flushes what can be flushed."""
         with contextlib.suppress(OSError):
-            self.stream.flush()
+            if self.is_read():
+                self.stream.flush()
 
 
 def take_folder(args, lock):
     """Makes the output folder, and keeps other runs out of it until this process ends, however it ends."""
+    check_folder(args)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire(timeout=0)
@@ -2157,11 +2234,14 @@ def take_folder(args, lock):
         raise SystemExit(
             f"Another run is at work in {args.output_dir}: let it end, stop it, or take another --output_dir."
         )
+    except OSError as error:  # a shared disk may know no locks
+        print(f"{args.output_dir} cannot be locked ({error}): see to it that no second run works there.")
 
 
 def main(args):
     """Trains as the arguments say; exits with 128 + signal when told to stop."""
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    stop = StopFlag()
+    sys.stdout, sys.stderr = Output(sys.stdout, stop), Output(sys.stderr, stop)
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
@@ -2169,7 +2249,7 @@ def main(args):
     lock = FileLock(Path(args.output_dir, ".lock"))
     end = None
     try:
-        execute(args, accelerator, StopFlag(), lock)
+        execute(args, accelerator, stop, lock)
     except SystemExit as caught:  # every rank ends so, and one says why
         end = SystemExit(caught.code if accelerator.is_main_process or isinstance(caught.code, int) else 1)
     except BaseException as error:

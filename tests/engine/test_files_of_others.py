@@ -43,7 +43,7 @@ def test_a_pipeline_of_others_is_not_overwritten(train, tiny_model, tmp_path, ca
     """A folder with a model that no run of ours left is refused, and --overwrite_output_dir does not help."""
     shutil.copytree(tiny_model, tmp_path / "out")
     for flags in ((), ("--overwrite_output_dir",)):
-        assert "holds a model" in refusal(capsys, lambda flags=flags: train("out", *flags))
+        assert "which no run of this script left" in refusal(capsys, lambda flags=flags: train("out", *flags))
     assert state_of(tmp_path / "out") == state_of(tiny_model)
 
 

@@ -574,8 +574,11 @@ def test_unchanged_rows_are_not_decoded_again(check, tmp_path, monkeypatch):
 def test_a_pipe_is_no_picture(check, tmp_path):
     """Nothing waits for what will never be written to it."""
     folder = make_pictures(tmp_path / "pictures")
-    os.mkfifo(folder / "pipe.png")
-    (folder / "pipe.txt").write_text("a pipe")
+    for name in ("pipe.png", "pipe.txt"):
+        os.mkfifo(folder / name)
+    assert check(folder) is None
+    with open(folder / "metadata.jsonl", "a") as file:
+        file.write('{"file_name": "pipe.png", "text": "a pipe"}\n')
     assert "pipe.png is no file" in check(folder)
 
 
@@ -645,7 +648,7 @@ def test_folders_with_names_of_files(check, tmp_path, capsys):
         tmp_path / "pictures" / "a.png", {"file_name": "../b.png", "text": ""}, {"file_name": "", "text": "x"}
     )
     message = check(tmp_path / "pictures")
-    assert message.startswith("2 of 7 ") and f"  {tmp_path / 'pictures' / 'a.png'} cannot be decoded" in message
+    assert message.startswith("2 of 7 ") and f"  {tmp_path / 'pictures' / 'a.png'} is no file" in message
 
 
 def test_what_is_passed_over_is_counted(tmp_path, capsys):

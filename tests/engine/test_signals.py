@@ -235,7 +235,7 @@ def test_a_signal_while_checking(start, command, large_pictures, tmp_path):
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(10) == 143, process.output()
     assert "Traceback" not in process.output() and not (cache / "latents").exists()
-    (known,) = [json.loads(path.read_text()) for path in (cache / "checked").iterdir()]
+    (known,) = [json.loads(path.read_text().splitlines()[1]) for path in (cache / "checked").iterdir()]
     assert 0 < len(known) < 1200
 
 
