@@ -212,7 +212,6 @@ def stable_diffusion_problems(args):
     """Lists what can be wrong with those flags: (whether it is wrong, the sentence to say)."""
     base, config = args.pretrained_model_name_or_path, args.single_file_config
     vae = args.pretrained_vae_model_name_or_path
-    local_revision = args.revision and os.path.exists(base)
     single_file = base.endswith(".safetensors")
     pickled = Path(base).suffix in (".ckpt", ".pt", ".pth", ".bin")
     on_hub = args.revision or args.variant
@@ -223,7 +222,6 @@ def stable_diffusion_problems(args):
         (single_file and not os.path.isfile(base), f"{flag} {base} is not a file"),
         (not single_file and not may_be_model(base), f"{flag} {base} {nowhere}"),
         (single_file and on_hub, f"--revision and --variant are for the Hub, and {base} is a file"),
-        (local_revision, f"--revision is for the Hub, and {base} is on this machine"),
         (config and not single_file, f"--single_file_config needs a .safetensors file, not {base}"),
         (config and not may_be_model(config), f"--single_file_config {config} {nowhere}"),
         (vae and not may_be_model(vae), f"--pretrained_vae_model_name_or_path {vae} {nowhere}"),
@@ -2969,8 +2967,10 @@ def prepare_folder(run, checkpoint):
     Path(run.args.output_dir, "state.json").unlink(missing_ok=True)  # the run has not ended, or goes on
     clear_folder(run)
     Path(run.args.output_dir, "samples").mkdir(parents=True, exist_ok=True)
-    metrics = (checkpoint / "metrics.jsonl").read_bytes() if checkpoint else b""
-    replace_file(Path(run.args.output_dir, run.args.logging_dir, "metrics.jsonl"), metrics)
+    rows = (checkpoint / "metrics.jsonl").read_text().splitlines() if checkpoint else []
+    again = f'{{"step": {run.global_step}, "validation_loss"'  # as a validation of this step comes again
+    metrics = "".join(f"{row}\n" for row in rows if not row.startswith(again))
+    replace_file(Path(run.args.output_dir, run.args.logging_dir, "metrics.jsonl"), metrics.encode())
     write_train_args(run)
 
 

@@ -2142,8 +2142,10 @@ def prepare_folder(run, checkpoint):
     Path(run.args.output_dir, "state.json").unlink(missing_ok=True)  # the run has not ended, or goes on
     clear_folder(run)
     Path(run.args.output_dir, "samples").mkdir(parents=True, exist_ok=True)
-    metrics = (checkpoint / "metrics.jsonl").read_bytes() if checkpoint else b""
-    replace_file(Path(run.args.output_dir, run.args.logging_dir, "metrics.jsonl"), metrics)
+    rows = (checkpoint / "metrics.jsonl").read_text().splitlines() if checkpoint else []
+    again = f'{{"step": {run.global_step}, "validation_loss"'  # as a validation of this step comes again
+    metrics = "".join(f"{row}\n" for row in rows if not row.startswith(again))
+    replace_file(Path(run.args.output_dir, run.args.logging_dir, "metrics.jsonl"), metrics.encode())
     write_train_args(run)
 
 

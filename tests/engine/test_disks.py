@@ -161,6 +161,14 @@ def test_a_file_that_may_not_grow(start, command, tmp_path):
     assert whole_checkpoints(out) == [1, 2] and litter(out) == []
 
 
+def test_a_disk_without_room_for_any_result(train, monkeypatch):
+    """A run that writes no checkpoint is refused at its start, too, if its result cannot fit."""
+    full = SimpleNamespace(total=2**30, used=2**30, free=2**18)
+    monkeypatch.setattr(script.shutil, "disk_usage", lambda path: full)
+    with pytest.raises(SystemExit, match="The result needs .* GiB"):
+        train("out", "--checkpointing_steps", 0)
+
+
 @pytest.mark.parametrize("flags", [[], ["--use_ema"]])
 def test_disk(train, monkeypatch, flags):
     """A run whose first checkpoint cannot fit on the disk is refused before its first step, and another is not."""

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from helpers import make_pictures, run, state_of
 
+import train_lora
 import train_text_to_image as script
 
 
@@ -95,6 +96,96 @@ def test_a_refused_run_overwrites_nothing(refused, train, tiny_model, tmp_path, 
     after = state_of(out)
     del after[".lock"]
     assert after == before
+
+
+LATEST = ("--resume_from_checkpoint", "latest")
+
+
+def test_a_base_with_a_part_in_the_output_folder(train, tiny_model, tmp_path, capsys):
+    """A base whose UNet is a link to a run's result is not trained into that run."""
+    out = train("out")
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    shutil.rmtree(base / "unet")
+    (base / "unet").symlink_to(out / "unet")
+    before = state_of(out / "unet")
+    assert "--pretrained_model_name_or_path" in refusal(
+        capsys, lambda: train("out", "--overwrite_output_dir", base=base)
+    )
+    assert state_of(out / "unet") == before
+
+
+@pytest.mark.parametrize("flags", [(), LATEST, ("--overwrite_output_dir",)])
+@pytest.mark.parametrize("name", ["checkpoint-1/optimizer.bin", "README.md", "unet/config.json", "samples/step-1.png"])
+def test_results_of_others_are_not_overwritten(name, flags, train, tmp_path, capsys):
+    """Nor are their checkpoints pruned: what no run of ours has left is refused."""
+    file = tmp_path / "out" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    more = ("--checkpointing_steps", 1, "--checkpoints_total_limit", 1)
+    assert "which no run of this script left" in refusal(capsys, lambda: train("out", *more, *flags))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name.split("/")[0]]
+    assert file.read_text() == "mine"
+
+
+def test_adapters_of_others_are_not_overwritten(trainer, tmp_path, capsys):
+    """The example scripts write a file of the same name."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "pytorch_lora_weights.safetensors").write_text("mine")
+    adapters = trainer(train_lora)
+    assert "which no run of this script left" in refusal(capsys, lambda: adapters("out"))
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").read_text() == "mine"
+
+
+def test_a_result_is_not_overwritten_by_a_run_from_elsewhere(train, tmp_path, capsys):
+    """Going on from another folder's checkpoint wants a folder without a run."""
+    out, other = train("out"), train("other", "--checkpointing_steps", 2)
+    before = state_of(out)
+    flags = ("--resume_from_checkpoint", other / "checkpoint-2")
+    assert "holds another run" in refusal(capsys, lambda: train("out", *flags))
+    assert state_of(out) == before
+    assert train("new", *flags)
+
+
+@pytest.mark.parametrize("left", ["model_index.json", "pytorch_lora_weights.safetensors"])
+def test_a_killed_runs_result_is_not_overwritten(left, trainer, tmp_path, capsys):
+    """One that a run wrote on its way, without a card, is another run's as well."""
+    train = trainer(train_lora if "lora" in left else script)
+    out = train("out")
+    for file in [*out.glob("*.md"), out / "state.json"]:
+        file.unlink()
+    (out / left).write_text("{}")
+    assert "holds another run" in refusal(capsys, lambda: train("out"))
+
+
+def test_another_scripts_folder_is_refused(train, trainer, capsys):
+    """Also where its run has ended, and where it is to be overwritten."""
+    out = train("out")
+    before = state_of(out)
+    for flags in (LATEST, ("--overwrite_output_dir",)):
+        said = refusal(capsys, lambda flags=flags: trainer(train_lora)("out", *flags))
+        assert "holds a run of train_text_to_image.py" in said
+    assert state_of(out) == before
+
+
+def test_overwriting_leaves_what_others_put_there(train, tmp_path):
+    """Notes beside the samples and weights stay, and so does what a link leads to."""
+    out = train("out", "--validation_prompts", "a cat")
+    mine = [out / name for name in ("samples/notes.txt", "samples/best/1.png", "unet/notes.txt")]
+    for file in mine:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
+    shutil.move(out / "vae", tmp_path / "vae")
+    (out / "vae").symlink_to(tmp_path / "vae")
+    before = state_of(tmp_path / "vae")
+    shutil.copytree(tmp_path / "vae", tmp_path / "kept")
+    seen = []
+    save_result, script.save_result = script.save_result, lambda run, models: seen.append(state_of(tmp_path / "vae"))
+    try:
+        train("out", "--overwrite_output_dir")
+    finally:
+        script.save_result = save_result
+    assert seen == [before] and all(file.read_text() == "mine" for file in mine)
+    assert not (out / "unet" / "config.json").exists()
 
 
 def test_two_writers_of_one_file(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import os
 import signal
 
 import pytest
+from filelock import FileLock
 from helpers import ENDLESS, finish, linux, rows, run, whole_checkpoints
 
 import train_text_to_image as script
@@ -13,13 +14,14 @@ pytestmark = [linux, pytest.mark.launch]
 
 
 @pytest.mark.parametrize("flags", [("--resume_from_checkpoint", "latest"), ("--overwrite_output_dir",)])
-def test_a_second_run_is_refused(flags, start, command, tmp_path):
+def test_a_second_run_is_refused(flags, start, command, tmp_path, capsys):
     """It is told so in a sentence, before it changes anything, and the first goes on."""
     out = tmp_path / "out"
     first = start(command(out, *ENDLESS))
     first.until(lambda: rows(out) >= 2)
     with pytest.raises(SystemExit, match=f"Another run is at work in {out}: "):
         run(script, *command(out, "--max_train_steps", 3, *flags))
+    assert "starting at step 0" not in capsys.readouterr().out  # it has looked for nothing yet
     taken = rows(out)
     first.until(lambda: rows(out) > taken)
     os.kill(first.pid, signal.SIGTERM)
@@ -36,6 +38,17 @@ def test_a_killed_run_keeps_nobody_out(workers, start, command, tmp_path):
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait(10)
     finish(start, command(out, "--max_train_steps", 2, *flags, "--resume_from_checkpoint", "latest"))
+
+
+def test_a_disk_without_locks(train, monkeypatch, capsys):
+    """The run goes on there, and says what it cannot see to."""
+
+    def acquire(lock, timeout):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    out = train("out", "--max_train_steps", 1)
+    assert rows(out) == 1 and f"{out} cannot be locked" in capsys.readouterr().out
 
 
 def test_a_run_that_has_ended_keeps_nobody_out(train):

@@ -24,10 +24,11 @@ def shell(tmp_path):
     """Starts a line of bash in a group of its own, which does not outlive the test."""
     started = []
 
-    def begin(line, arguments, environment=None):
+    def begin(line, arguments, environment=None, **options):
         words = " ".join(f"'{word}'" for word in map(str, arguments))
         line = f"set -o pipefail; {line.format(words)}"
         settings = {"cwd": tmp_path, "env": {**ENVIRONMENT, **(environment or {})}, "start_new_session": True}
+        settings |= options
         started.append(subprocess.Popen(["bash", "-c", line], **settings))
         return started[-1]
 
@@ -79,6 +80,32 @@ def test_a_reader_that_is_gone(pipe, shell, command, tmp_path):
     process = shell(f"{SCRIPT} {{}} {pipe}", command(out, "--max_train_steps", 3, "--checkpointing_steps", 2))
     assert process.wait(60) == 0
     assert whole_checkpoints(out) == [2] and rows(out) == 3 and (out / "model_index.json").exists()
+
+
+def at_once(path, flags):
+    """Opens a file so that writing to it does not wait."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def test_a_reader_that_pauses(shell, command, tmp_path):
+    """A run waits for it, as programs do, but not once it is told to stop."""
+    out = tmp_path / "out"
+    ends = os.pipe()
+    line = f"exec {SCRIPT} {{}} >&{ends[1]} 2>&{ends[1]}"
+    process = shell(line, command(out, *ENDLESS), pass_fds=ends[1:])
+    until(lambda: rows(out) >= 2)
+    with contextlib.suppress(BlockingIOError), open(f"/proc/self/fd/{ends[1]}", "wb", 0, opener=at_once) as pipe:
+        while True:
+            pipe.write(b"x")
+    os.close(ends[1])
+    taken = -1
+    while rows(out) > taken:
+        taken = rows(out)
+        time.sleep(1.5)
+    process.terminate()
+    assert process.wait(30) == 143
+    os.close(ends[0])
+    assert len(whole_checkpoints(out)) == 1
 
 
 @pytest.mark.parametrize("encoding", ["ascii", pytest.param("cp1252", marks=pytest.mark.slow)])

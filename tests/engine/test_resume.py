@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shutil
+import stat
 import sys
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -385,6 +387,40 @@ def seal(checkpoint):
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
+@pytest.mark.parametrize("name", ["checkpoint-20", "checkpoint-2"])
+def test_a_renamed_checkpoint_is_passed_over(name, command, out, capsys):
+    """`latest` goes by the steps that were taken, and not by a name alone."""
+    shutil.rmtree(out / "checkpoint-2")
+    (out / "checkpoint-1").rename(out / name)
+    run(script, *command(out, "--max_train_steps", 4, *RESUME, "latest"))
+    assert f"Resuming from {out}/checkpoint-3." in capsys.readouterr().out
+
+
+def test_an_empty_mark_of_the_end(command, out, capsys):
+    """As a power cut may leave it: the checkpoints count."""
+    (out / "state.json").write_text("")
+    run(script, *command(out, "--max_train_steps", 4, *RESUME, "latest"))
+    assert whole_checkpoints(out) == [1, 2, 3, 4]
+
+
+def test_overwriting_first_takes_away_the_mark_of_the_end(train, monkeypatch):
+    """A kill while the rest is deleted leaves no run that says it has ended."""
+    out = train("out")
+    monkeypatch.setattr(script, "clear_folder", lambda run: sys.exit("killed"))
+    with pytest.raises(SystemExit, match="killed"):
+        train("out", "--overwrite_output_dir")
+    assert not (out / "state.json").exists()
+
+
+def test_changes_are_listed_after_the_end_too(train, capsys):
+    """A flag that comes too late is named."""
+    train("out")
+    train("out", *LATEST, "--learning_rate", 0.5, "--seed", 2)
+    said = capsys.readouterr().out
+    assert "--learning_rate was 0.001 and is now 0.5" in said and "--seed was 1 and is now 2" in said
+    assert "--resolution" not in said
+
+
 # What is not saved.
 
 
@@ -408,7 +444,58 @@ def test_weights_that_are_not_finite_are_not_saved(flags, train, tmp_path):
     assert left == {".lock", "logs", "samples", "train_args.yaml"}
 
 
-# Checkpoints that lie elsewhere.
+# Checkpoints that lie elsewhere, and disks that cannot do all.
+
+
+def test_links_that_lead_nowhere(train, tmp_path):
+    """Neither as the place of the next checkpoint, nor beside the one to go on from."""
+    out = train("out", "--max_train_steps", 2, "--checkpointing_steps", 2)
+    for step in (1, 3):
+        (out / f"checkpoint-{step}").symlink_to("/nowhere")
+    train("out", "--max_train_steps", 3, "--checkpointing_steps", 3, *LATEST)
+    assert whole_checkpoints(out) == [2, 3]
+    shutil.rmtree(out / "checkpoint-3")
+    train("out", "--max_train_steps", 3, "--resume_from_checkpoint", out / "checkpoint-2")
+
+
+def test_a_checkpoint_that_cannot_be_deleted(train, monkeypatch, capsys):
+    """A shared disk keeps what another program has open: the run goes on."""
+    remove = script.remove
+
+    def busy(path):
+        if path.name == "checkpoint-1":
+            raise OSError(39, "Directory not empty")
+        remove(path)
+
+    monkeypatch.setattr(script, "remove", busy)
+    out = train("out", "--max_train_steps", 3, "--checkpointing_steps", 1, "--checkpoints_total_limit", 1)
+    assert whole_checkpoints(out) == [1, 3] and "checkpoint-1 could not be deleted" in capsys.readouterr().out
+
+
+def test_a_disk_that_flushes_no_folders(train, monkeypatch):
+    """Some shared disks refuse it; the files are flushed all the same."""
+    fsync = os.fsync
+
+    def picky(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(22, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", picky)
+    assert whole_checkpoints(train("out", "--checkpointing_steps", 2)) == [2, 4]
+
+
+def test_logs_that_are_removed(train, monkeypatch):
+    """Someone who tidies up does not end a run."""
+    save_checkpoint = script.save_checkpoint
+
+    def save(run, models):
+        save_checkpoint(run, models)
+        shutil.rmtree(Path(run.args.output_dir, "logs"))
+
+    monkeypatch.setattr(script, "save_checkpoint", save)
+    out = train("out", "--max_train_steps", 3, "--checkpointing_steps", 2)
+    assert [step for step, _ in metrics(out, "loss")] == [3] and (out / "state.json").exists()
 
 
 def test_a_linked_checkpoint_is_pruned_as_a_link(train, tmp_path):

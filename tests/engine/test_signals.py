@@ -28,6 +28,8 @@ from helpers import (
 )
 from safetensors.torch import load_file
 
+import train_text_to_image as script
+
 
 pytestmark = linux
 BIN = Path(sys.executable).parent
@@ -54,9 +56,10 @@ def goes_on(start, command, uninterrupted):
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda signum: signum.name)
-def test_a_signal_ends_a_run_with_a_checkpoint(signum, start, command, goes_on, tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
+def test_a_signal_ends_a_run_with_a_checkpoint(name, start, command, goes_on, tmp_path):
     """The step is finished, a checkpoint written, the exit code 128 + signal, and the run can go on."""
+    signum = getattr(signal, name)
     process = start(command(tmp_path / "out", *ENDLESS))
     process.until(lambda: rows(tmp_path / "out") >= 2)
     os.kill(process.pid, signum)
@@ -65,6 +68,23 @@ def test_a_signal_ends_a_run_with_a_checkpoint(signum, start, command, goes_on, 
     assert "Traceback" not in said
     step = goes_on(tmp_path / "out")
     assert step >= 2 and f"Stopped after step {step}, and saved: --resume_from_checkpoint latest goes on." in said
+
+
+def test_nohup_is_obeyed():
+    """A terminal that closes does not stop a run that was started to outlive it."""
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    others = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        stop = script.StopFlag()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.signum == 0
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        stop = script.StopFlag()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.signum == signal.SIGHUP
+    finally:
+        for number, former in {**others, signal.SIGHUP: handler}.items():
+            signal.signal(number, former)
 
 
 # Through launchers.
@@ -261,6 +281,29 @@ def test_a_signal_while_caching(ranks, start, command, tmp_path):
         assert len(kept) < 300 and litter(cache) == []
         assert all(load_file(path)["mean"].shape == (4, 128, 128) for path in kept)
     assert list((tmp_path / "out").glob("*checkpoint*")) == []
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("last", [False, True])
+def test_a_validation_that_is_cut_short_is_made_up_for(last, start, command, tmp_path):
+    """The run that goes on has the rows and pictures of one that was never stopped."""
+    prompts = ("--validation_prompts", *(f"a circle {i}" for i in range(4)), "--validation_samples", 2)
+    steps = ("--max_train_steps", 2 if last else 3, "--validation_steps", 2, "--checkpointing_steps", 0)
+    flags = (*prompts, *steps, "--resume_from_checkpoint", "latest")
+    out = tmp_path / "out"
+    process = start(command(out, *flags))
+    process.until(lambda: rows(out) >= 3 and re.search(r"sampling: [^\n]* [1-3]/4", process.output()[-300:]))
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(30) == 143, process.output()
+    assert not (out / "state.json").exists() and whole_checkpoints(out) == [2]
+    finish(start, command(out, *flags))
+    finish(start, command(tmp_path / "whole", *flags))
+    kept = [json.loads(line) for line in (tmp_path / "whole" / "logs" / "metrics.jsonl").read_text().splitlines()]
+    made = [json.loads(line) for line in (out / "logs" / "metrics.jsonl").read_text().splitlines()]
+    values = [[(row["step"], row.get("loss"), row.get("validation_loss")) for row in found] for found in (kept, made)]
+    assert values[0] == values[1]
+    names = [sorted(file.name for file in (folder / "samples").iterdir()) for folder in (out, tmp_path / "whole")]
+    assert names[0] == names[1]
 
 
 @pytest.mark.launch

@@ -46,6 +46,30 @@ def test_what_is_no_class_picture_is_counted(classes, tmp_path, capsys):
     assert capsys.readouterr().out == "passed over: 1 .heic\n"
 
 
+def test_class_pictures_are_of_their_prompt(train, classes, tmp_path):
+    """Those that were drawn for another are not trained on as this one's; foreign ones are what you say they are."""
+    folder = tmp_path / "class"
+    flags = ("--with_prior_preservation", "--class_data_dir", folder, "--num_class_images", 2)
+    train("out", *flags, "--class_prompt", "a red café")
+    before = state_of(folder)
+    with pytest.raises(SystemExit, match="was drawn for 'a red café': give that as --class_prompt"):
+        train("other", *flags, "--class_prompt", "a green square")
+    train("again", *flags, "--class_prompt", "a red café")
+    assert state_of(folder) == before
+    train("foreign", *prior(classes))
+
+
+def test_class_pictures_of_another_run_are_not_replaced(tmp_path):
+    """Two runs that draw into one folder keep what came first, as the other may already train on it."""
+    (tmp_path / "class-00000.png").write_bytes(b"first")
+    args = SimpleNamespace(class_data_dir=str(tmp_path), class_prompt=CLASS)
+    images = [Image.new("RGB", (8, 8))] * 2
+    pipeline = lambda prompts, generator: SimpleNamespace(images=images)  # noqa: E731
+    script.draw_class_pictures(args, pipeline, ["class-00000.png", "class-00001.png"], 0)
+    assert (tmp_path / "class-00000.png").read_bytes() == b"first"
+    assert Image.open(tmp_path / "class-00001.png").size == (8, 8)
+
+
 # The loss.
 
 
