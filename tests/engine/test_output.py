@@ -94,9 +94,9 @@ def test_a_reader_that_pauses(shell, command, tmp_path):
     line = f"exec {SCRIPT} {{}} >&{ends[1]} 2>&{ends[1]}"
     process = shell(line, command(out, *ENDLESS), pass_fds=ends[1:])
     until(lambda: rows(out) >= 2)
-    with contextlib.suppress(BlockingIOError), open(f"/proc/self/fd/{ends[1]}", "wb", 0, opener=at_once) as pipe:
-        while True:
-            pipe.write(b"x")
+    with open(f"/proc/self/fd/{ends[1]}", "wb", 0, opener=at_once) as pipe:
+        while pipe.write(b"x"):  # until it is full
+            pass
     os.close(ends[1])
     taken = -1
     while rows(out) > taken:
