@@ -51,6 +51,7 @@ import select
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -348,9 +349,10 @@ def folder_problems(args, flag, folder):
 
 def model_problems(args, flag, path):
     """Lists what can be wrong with where a model lies that is read, if it is on this machine."""
-    here = path and os.path.exists(path)
-    parts = [path, *Path(path).glob("*")] if here else []  # of which each may be a link
-    nested = here and (lies_in(args.output_dir, path) or any(lies_in(part, args.output_dir) for part in parts))
+    # Each part of either may be a link into the other.
+    parts = [path, *Path(path).glob("*"), *Path(path).glob("*/*")] if path and os.path.exists(path) else []
+    places = [args.output_dir, *Path(args.output_dir).glob("*")] if parts else []
+    nested = any(lies_in(part, args.output_dir) for part in parts) or any(lies_in(place, path) for place in places)
     return [(nested, f"{flag} {path} would be overwritten: neither it nor --output_dir may lie in the other")]
 
 
@@ -808,7 +810,9 @@ def read_metadata(file, caption_column):
     """Returns the captions of a metadata.jsonl or metadata.csv by picture, a list each."""
     try:
         with open(file, newline="", encoding="utf-8-sig") as lines:
-            rows = list(csv.DictReader(lines) if file.suffix.lower() == ".csv" else read_json_lines(lines))
+            rows = list(
+                csv.DictReader(lines, strict=True) if file.suffix.lower() == ".csv" else read_json_lines(lines)
+            )
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError("each line has to be an object, {...}")
         columns = list(dict.fromkeys(column for row in rows for column in row))
@@ -845,9 +849,9 @@ def read_folder(files, caption_column):
             named = path if path in captions else by_full_path.get(full_path(path), path)
             captions.setdefault(named, []).extend(texts)
     read = {*captions, *metadata}
-    caption_files = {os.path.splitext(file)[0]: file for file in files if file.suffix.lower() == ".txt"}
+    caption_files = {full_path(file.with_suffix("")): file for file in files if file.suffix.lower() == ".txt"}
     for file in pictures:
-        beside = caption_files.get(os.path.splitext(file)[0])
+        beside = caption_files.get(full_path(file.with_suffix("")))
         if beside and not captions[file]:
             read.add(beside)
             try:
@@ -974,6 +978,8 @@ def open_base(args):
     for variant in [args.variant] if args.variant or single_file else [None, "fp16"]:
         try:
             pipeline = open_single_file(args, parts) if single_file else open_folder(args, parts, variant)
+            if problem:
+                PartialState().print(f"The base is of files in half precision, as for others: {problem}")
             break
         except Exception as error:  # diffusers raises nearly anything over files that it cannot use
             problem = problem or error
@@ -999,6 +1005,11 @@ def check_family(base, pipeline):
         raise SystemExit(f"{base} {sentence}")
 
 
+def full_config(scheduler):
+    """Returns a scheduler's settings: of its own config, from_config drops those that no file named."""
+    return {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
+
+
 def set_schedule(args, pipeline):
     """Has a pipeline's scheduler sample as the UNet will be trained: by --prediction_type, and from noise alone."""
     scheduler, changes = type(pipeline.scheduler), {}
@@ -1006,9 +1017,15 @@ def set_schedule(args, pipeline):
         changes["prediction_type"] = args.prediction_type
     if args.rescale_betas_zero_snr:
         changes |= ZERO_SNR
-    config = {**pipeline.scheduler.config, **changes}
+    config = full_config(pipeline.scheduler) | changes
+    if config.get("prediction_type") not in ("epsilon", "v_prediction", "sample"):
+        raise SystemExit(
+            f"The scheduler of {args.pretrained_model_name_or_path} predicts {config.get('prediction_type')}: "
+            "give --prediction_type if it is a model of Stable Diffusion 1.x, 2.x or XL."
+        )
     if config["prediction_type"] == "sample" and scheduler is not DDPMScheduler:
         scheduler = DDIMScheduler  # not all, such as the PNDM of SD 1.x, can sample so
+        config["clip_sample"] = False  # latents go beyond [-1, 1]
     if config.get("rescale_betas_zero_snr"):
         if config["prediction_type"] == "epsilon":
             base = args.pretrained_model_name_or_path
@@ -1019,8 +1036,7 @@ def set_schedule(args, pipeline):
         # Not all, such as the PNDM of SD 1.x, can sample from noise alone.
         able = "rescale_betas_zero_snr" in inspect.signature(scheduler).parameters
         scheduler = scheduler if able else EulerDiscreteScheduler
-    # As keywords: from_config drops what its config holds by default and not from a file.
-    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **changes)
+    pipeline.scheduler = scheduler.from_config(config)
 
 
 def in_float32(method, tensor, **settings):
@@ -1054,7 +1070,7 @@ def load_base(run):
         vae=vae,
         text_encoders=text_encoders,
         tokenizers=[parts[name.replace("text_encoder", "tokenizer")] for name in names],
-        noise_scheduler=DDPMScheduler.from_config(pipeline.scheduler.config),
+        noise_scheduler=DDPMScheduler.from_config(full_config(pipeline.scheduler)),
         sample_shape=(vae.config.latent_channels, side, side),
         vae_digest=digest(upcast, weights_digest(vae)),
         text_digest=digest(pipeline.config.get("force_zeros_for_empty_prompt"), *map(weights_digest, text_encoders)),
@@ -1068,17 +1084,19 @@ def load_base(run):
 def base_code(run, models, name):
     """Returns the lines that load the base model as it was trained on, for a result of this name."""
     args = run.args
-    base, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+    paths = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path, args.single_file_config
     if not Path(name).is_absolute():  # what may be published names no path of this machine
-        base, vae = (Path(path).resolve().name if path and Path(path).exists() else path for path in (base, vae))
+        paths = [Path(path).resolve().name if path and Path(path).exists() else path for path in paths]
+    base, vae, config = paths
     pipeline, scheduler = type(models.pipeline).__name__, models.pipeline.scheduler
     single_file = base.endswith(".safetensors")
     opened = "from_single_file" if single_file else "from_pretrained"
-    code = f"import diffusers\n\npipeline = diffusers.{pipeline}.{opened}({base!r})\n"
+    config = f", config={config!r}" if config else ""
+    code = f"import diffusers\n\npipeline = diffusers.{pipeline}.{opened}({base!r}{config})\n"
     if vae:
         code += f"pipeline.vae = diffusers.AutoencoderKL.from_pretrained({vae!r})\n"
     if args.prediction_type or args.rescale_betas_zero_snr or single_file:  # otherwise it samples as the base does
-        names = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing")
+        names = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing", "clip_sample")
         settings = ", ".join(f"{name}={scheduler.config[name]!r}" for name in names if name in scheduler.config)
         code += "config = pipeline.scheduler.config\n"
         code += f"pipeline.scheduler = diffusers.{type(scheduler).__name__}.from_config(config, {settings})\n"
@@ -1268,12 +1286,13 @@ def fill_entries(run, jobs):
     """Fills the cache entries of some jobs, by file what to encode; ranks take turns, one each."""
     files, folder = sorted(jobs), cache_folder(run.args)
     # Machines need not share a disk, so each fills its own.
-    processes = run.accelerator.num_processes
-    ranks_here = min(int(os.environ.get("LOCAL_WORLD_SIZE", processes)), processes)
+    hosts = gather_object([socket.gethostname()])
+    ranks_here = min(map(hosts.count, hosts))
+    place = hosts[: run.accelerator.process_index].count(socket.gethostname())
     turns = range(0, len(files), ranks_here)
     with run.accelerator.autocast():
         for first in tqdm(turns, "caching", disable=not run.accelerator.is_main_process):
-            mine = first + run.accelerator.local_process_index
+            mine = first + place
             job = (files[mine], *jobs[files[mine]]) if mine < len(files) else ()
             together(fill_entry, *job, on=bool(job), folder=folder)
             run.stop.exit_if_asked()
@@ -1458,7 +1477,7 @@ def execute(args, accelerator, stop, lock):
     optimizer = prepare_training(run, models)
     if checkpoint:
         load_checkpoint(run, models, optimizer, checkpoint)
-    on_main_process(run, prepare_folder, run, checkpoint)  # now that nothing else can be refused
+    on_main_process(run, prepare_folder, run, checkpoint, data)  # now that nothing else can be refused
     train(run, models, data, optimizer, make_lr_scheduler(run, optimizer))
 
     # What it leaves.
@@ -1701,9 +1720,11 @@ def open_image(data):
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image, dtype=np.float32)
-        highest = values.max()
-        if highest > (1 if image.mode == "F" else 65535):
-            raise ValueError(f"its grey values go up to {highest:g}, and not to 1 (floats) or 65535 (integers)")
+        lowest, highest = values.min(), values.max()
+        if not (0 <= lowest and highest <= (1 if image.mode == "F" else 65535)):  # which holds for no NaN either
+            raise ValueError(
+                f"its grey values go from {lowest:g} to {highest:g}, not 0 to 1 (floats) or 65535 (integers)"
+            )
         unit = 1 / 255 if image.mode == "F" else 257
         if image.mode == "I" and highest <= 255:  # 32 bits for values of 8
             unit = 1
@@ -1714,16 +1735,22 @@ def open_image(data):
     return image.convert("RGB")
 
 
-def check_record(record, stop):
-    """Returns the (digest, width, height) of a picture, or in words why it cannot be used."""
-    if stop.signum:
-        return "is unchecked"
+def caption_problem(record):
+    """Returns in words what is wrong with a record's captions, or None."""
     if record.get("problem"):
         return record["problem"]
     if not record["captions"]:
         return "has no caption"
     if re.search("[\0\ud800-\udfff]", "".join(record["captions"])):
         return "has a caption with characters that UTF-8 does not have, or null bytes"
+
+
+def check_record(record, stop):
+    """Returns the (digest, width, height) of a picture, or in words why it cannot be used."""
+    if stop.signum:
+        return "is unchecked"
+    if problem := caption_problem(record):
+        return problem
     if record["rows"] is None and os.path.exists(record["name"]) and not os.path.isfile(record["name"]):
         return "is no file"  # but a pipe, say, at which reading would wait
     try:
@@ -1739,7 +1766,7 @@ def check_record(record, stop):
 
 def stamp(record):
     """Names a picture's state without reading it: by its file's size and times, or its data set's fingerprint."""
-    captioned = bool(record["captions"]) and not record.get("problem")
+    captioned = not caption_problem(record)
     if record["rows"] is None:
         return digest(file_state(record["name"]), captioned)
     (image,) = record["rows"][record["row"]].values()
@@ -2015,10 +2042,13 @@ def peak_memory(accelerator):
 
 
 class StopFlag:
-    """Remembers the first signal that asks the run to stop; a second SIGINT stops at once."""
+    """Remembers the first signal that asks the run to stop; a SIGINT after it stops at once."""
 
     def __init__(self):
         self.signum = 0
+
+    def listen(self):
+        """Takes the signals from here on; until then each ends the process, which may be waiting for others."""
         for name in STOP_SIGNALS:
             ignored = signal.getsignal(getattr(signal, name)) == signal.SIG_IGN
             if not (name == "SIGHUP" and ignored):  # by nohup
@@ -2154,7 +2184,7 @@ def is_whole(checkpoint):
     try:
         checksums = json.loads((checkpoint / "manifest.json").read_text())
         return all(checksum(checkpoint / name) == value for name, value in checksums.items())
-    except (OSError, ValueError, AttributeError):  # a file is gone, or the manifest is no manifest
+    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):  # a file is gone, or it is no manifest
         return False
 
 
@@ -2218,7 +2248,7 @@ def check_folder(args):
     """Refuses an output folder that holds what is not this run's to write over."""
     output_dir, resume = Path(args.output_dir), args.resume_from_checkpoint
     found = numbered_checkpoints(output_dir)
-    left = found + results(output_dir)
+    left = found + [path for pattern in PUBLISHED for path in sorted(output_dir.glob(pattern))]
     foreign = [path for path in left if script_of(path) is None]  # or torn, or a result
     if foreign and not (output_dir / "train_args.yaml").exists():
         raise SystemExit(
@@ -2231,6 +2261,7 @@ def check_folder(args):
     if resume not in (None, "latest"):
         checkpoint = Path(resume) if Path(resume).is_dir() else output_dir / resume
         elsewhere = os.path.realpath(checkpoint.parent) != os.path.realpath(output_dir)
+    left = [path for path in left if path.parent.name != "samples"]  # which alone are no loss
     if left and (elsewhere or resume is None and not args.overwrite_output_dir):
         raise SystemExit(
             f"{output_dir} holds another run: go on with it by --resume_from_checkpoint latest, "
@@ -2260,6 +2291,11 @@ def find_checkpoint(args):
             if is_whole(path) and path.name == f"checkpoint-{read_state(path)['global_step']}":
                 return path
             print(f"Passing over {path}: it is not whole, or not the checkpoint of that step.")
+        if found and not Path(args.output_dir, "state.json").exists():
+            raise SystemExit(
+                f"No checkpoint in {args.output_dir} can be used: they are damaged, or of another version of this "
+                "script. Go on with that, move them away, or give --overwrite_output_dir instead."
+            )
         if not Path(args.output_dir, "state.json").exists():  # else see has_ended
             print(f"{args.output_dir} has no checkpoint to resume from: starting at step 0.")
     elif resume is not None:
@@ -2299,9 +2335,9 @@ def has_ended(run):
             return False
         raise
     taken = state["global_step"]
-    known = {"resolution": run.resolution} | ({"seed": run.seed} if run.args.seed is None else {})  # too early to tell
-    list_changes(run, state["settings"] | known)
     if taken >= run.max_train_steps:
+        early = {"resolution": run.resolution} | ({"seed": run.seed} if run.args.seed is None else {})
+        list_changes(run, state["settings"] | early)  # but for what this run has not worked out
         print(f"The run in {output_dir} has ended after {taken} steps: there is none left to take.")
         print("To start anew and delete what it left, give --overwrite_output_dir.")
         return True
@@ -2403,9 +2439,10 @@ def settings_table(settings):
 def write_model_card(run, models, repo_id):
     """Writes README.md: base, data, settings, loss curve, sample grid, and how to load the result."""
     args, given = run.args, run.args.pretrained_model_name_or_path
-    lines = Path(args.output_dir, args.logging_dir, "metrics.jsonl").read_text().splitlines()
+    metrics = Path(args.output_dir, args.logging_dir, "metrics.jsonl")
+    lines = metrics.read_text().splitlines() if metrics.exists() else []  # someone may have tidied up
     rows = [json.loads(line) for line in lines]
-    points, curve = loss_curve([row["loss"] for row in rows if "loss" in row])
+    losses = [row["loss"] for row in rows if "loss" in row]
     base, data = name_without_path(given), name_without_path(vars(args).get("dataset_name"))
     header = ModelCardData(base_model=base, datasets=data, library_name="diffusers", **CARD)
     shown_base = base or (Path(given).resolve().name if given else "A new model")
@@ -2417,7 +2454,9 @@ def write_model_card(run, models, repo_id):
     if Path(args.output_dir, grid).exists():
         card.append(f"![samples]({grid})")
         card += [f"- {prompt}" for prompt in dict.fromkeys(picture_prompts(args)) if prompt]
-    card.append(f"{run.global_step} steps. Loss from {points[0]:.4f} to {points[-1]:.4f}: `{curve}`")
+    if losses:
+        points, curve = loss_curve(losses)
+        card.append(f"{run.global_step} steps. Loss from {points[0]:.4f} to {points[-1]:.4f}: `{curve}`")
     for row in rows:
         if "validation_loss" in row:
             card.append(f"Held-out loss at step {row['step']}: {row['validation_loss']:.4f}")
@@ -2593,14 +2632,20 @@ def write_train_args(run):
     replace_file(Path(run.args.output_dir, "train_args.yaml"), text.encode())
 
 
-def prepare_folder(run, checkpoint):
-    """Makes the output folder ready: nothing left of others, the metrics so far, train_args.yaml."""
+def prepare_folder(run, checkpoint, data):
+    """Makes the output folder ready: nothing left of others, the metrics and samples so far, train_args.yaml."""
     Path(run.args.output_dir, "state.json").unlink(missing_ok=True)  # the run has not ended, or goes on
     clear_folder(run)
-    Path(run.args.output_dir, "samples").mkdir(parents=True, exist_ok=True)
+    samples = Path(run.args.output_dir, "samples")
+    samples.mkdir(parents=True, exist_ok=True)
+    for grid in samples.glob("step-*.png"):  # none of a later step, which another end of this run drew
+        if re.fullmatch(r"step-\d+", grid.stem) and int(grid.stem.removeprefix("step-")) > run.global_step:
+            grid.unlink()
     rows = (checkpoint / "metrics.jsonl").read_text().splitlines() if checkpoint else []
-    again = f'{{"step": {run.global_step}, "validation_loss"'  # as a validation of this step comes again
-    metrics = "".join(f"{row}\n" for row in rows if not row.startswith(again))
+    again = f'{{"step": {run.global_step}, "validation_loss"'
+    if run.global_step in steps_to_validate(run, data):
+        rows = [row for row in rows if not row.startswith(again)]
+    metrics = "".join(f"{row}\n" for row in rows)
     replace_file(Path(run.args.output_dir, run.args.logging_dir, "metrics.jsonl"), metrics.encode())
     write_train_args(run)
 
@@ -2704,6 +2749,7 @@ def main(args):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     accelerator = make_accelerator(args)
+    stop.listen()
     lock = FileLock(Path(args.output_dir, ".lock"))
     end = None
     try:

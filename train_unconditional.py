@@ -179,7 +179,7 @@ def picture_column(rows, flag, column):
         images = [image for image in rows[:100][column] if image]
     except Exception as error:  # by the column's type
         raise SystemExit(f"{flag} {column} names a column that holds no pictures: {error}")
-    found = [image for image in images if image["bytes"] is not None or os.path.isfile(image["path"] or "")]
+    found = [image for image in images if image["bytes"] is not None or is_picture(Path(image["path"] or ""))]
     if images and not found:
         raise SystemExit(f"{flag} {column} names a column that holds no pictures, nor paths of any.")
     return rows
@@ -214,6 +214,7 @@ def read_rows(args, files, columns):
             rows = datasets.load_dataset("parquet", data_files=files_by_split, split="train", cache_dir=str(cache_dir))
     except Exception as error:  # anything, from an unknown name to a broken file
         raise SystemExit(f"The data set {args.dataset_name or files[0].parent} cannot be loaded: {error}")
+    rows._fingerprint = digest(rows._fingerprint, *map(file_state, files))  # else it, too, goes by the time alone
     for flag, column in columns.items():
         if column not in rows.column_names:
             raise SystemExit(f"{flag} {column} is not among the data set's columns {', '.join(rows.column_names)}.")
@@ -416,9 +417,10 @@ def folder_problems(args, flag, folder):
 
 def model_problems(args, flag, path):
     """Lists what can be wrong with where a model lies that is read, if it is on this machine."""
-    here = path and os.path.exists(path)
-    parts = [path, *Path(path).glob("*")] if here else []  # of which each may be a link
-    nested = here and (lies_in(args.output_dir, path) or any(lies_in(part, args.output_dir) for part in parts))
+    # Each part of either may be a link into the other.
+    parts = [path, *Path(path).glob("*"), *Path(path).glob("*/*")] if path and os.path.exists(path) else []
+    places = [args.output_dir, *Path(args.output_dir).glob("*")] if parts else []
+    nested = any(lies_in(part, args.output_dir) for part in parts) or any(lies_in(place, path) for place in places)
     return [(nested, f"{flag} {path} would be overwritten: neither it nor --output_dir may lie in the other")]
 
 
@@ -1002,7 +1004,7 @@ def execute(args, accelerator, stop, lock):
     optimizer = prepare_training(run, models)
     if checkpoint:
         load_checkpoint(run, models, optimizer, checkpoint)
-    on_main_process(run, prepare_folder, run, checkpoint)  # now that nothing else can be refused
+    on_main_process(run, prepare_folder, run, checkpoint, data)  # now that nothing else can be refused
     train(run, models, data, optimizer, make_lr_scheduler(run, optimizer))
 
     # What it leaves.
@@ -1245,9 +1247,11 @@ def open_image(data):
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image, dtype=np.float32)
-        highest = values.max()
-        if highest > (1 if image.mode == "F" else 65535):
-            raise ValueError(f"its grey values go up to {highest:g}, and not to 1 (floats) or 65535 (integers)")
+        lowest, highest = values.min(), values.max()
+        if not (0 <= lowest and highest <= (1 if image.mode == "F" else 65535)):  # which holds for no NaN either
+            raise ValueError(
+                f"its grey values go from {lowest:g} to {highest:g}, not 0 to 1 (floats) or 65535 (integers)"
+            )
         unit = 1 / 255 if image.mode == "F" else 257
         if image.mode == "I" and highest <= 255:  # 32 bits for values of 8
             unit = 1
@@ -1258,16 +1262,22 @@ def open_image(data):
     return image.convert("RGB")
 
 
-def check_record(record, stop):
-    """Returns the (digest, width, height) of a picture, or in words why it cannot be used."""
-    if stop.signum:
-        return "is unchecked"
+def caption_problem(record):
+    """Returns in words what is wrong with a record's captions, or None."""
     if record.get("problem"):
         return record["problem"]
     if not record["captions"]:
         return "has no caption"
     if re.search("[\0\ud800-\udfff]", "".join(record["captions"])):
         return "has a caption with characters that UTF-8 does not have, or null bytes"
+
+
+def check_record(record, stop):
+    """Returns the (digest, width, height) of a picture, or in words why it cannot be used."""
+    if stop.signum:
+        return "is unchecked"
+    if problem := caption_problem(record):
+        return problem
     if record["rows"] is None and os.path.exists(record["name"]) and not os.path.isfile(record["name"]):
         return "is no file"  # but a pipe, say, at which reading would wait
     try:
@@ -1283,7 +1293,7 @@ def check_record(record, stop):
 
 def stamp(record):
     """Names a picture's state without reading it: by its file's size and times, or its data set's fingerprint."""
-    captioned = bool(record["captions"]) and not record.get("problem")
+    captioned = not caption_problem(record)
     if record["rows"] is None:
         return digest(file_state(record["name"]), captioned)
     (image,) = record["rows"][record["row"]].values()
@@ -1559,10 +1569,13 @@ def peak_memory(accelerator):
 
 
 class StopFlag:
-    """Remembers the first signal that asks the run to stop; a second SIGINT stops at once."""
+    """Remembers the first signal that asks the run to stop; a SIGINT after it stops at once."""
 
     def __init__(self):
         self.signum = 0
+
+    def listen(self):
+        """Takes the signals from here on; until then each ends the process, which may be waiting for others."""
         for name in STOP_SIGNALS:
             ignored = signal.getsignal(getattr(signal, name)) == signal.SIG_IGN
             if not (name == "SIGHUP" and ignored):  # by nohup
@@ -1698,7 +1711,7 @@ def is_whole(checkpoint):
     try:
         checksums = json.loads((checkpoint / "manifest.json").read_text())
         return all(checksum(checkpoint / name) == value for name, value in checksums.items())
-    except (OSError, ValueError, AttributeError):  # a file is gone, or the manifest is no manifest
+    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):  # a file is gone, or it is no manifest
         return False
 
 
@@ -1762,7 +1775,7 @@ def check_folder(args):
     """Refuses an output folder that holds what is not this run's to write over."""
     output_dir, resume = Path(args.output_dir), args.resume_from_checkpoint
     found = numbered_checkpoints(output_dir)
-    left = found + results(output_dir)
+    left = found + [path for pattern in PUBLISHED for path in sorted(output_dir.glob(pattern))]
     foreign = [path for path in left if script_of(path) is None]  # or torn, or a result
     if foreign and not (output_dir / "train_args.yaml").exists():
         raise SystemExit(
@@ -1775,6 +1788,7 @@ def check_folder(args):
     if resume not in (None, "latest"):
         checkpoint = Path(resume) if Path(resume).is_dir() else output_dir / resume
         elsewhere = os.path.realpath(checkpoint.parent) != os.path.realpath(output_dir)
+    left = [path for path in left if path.parent.name != "samples"]  # which alone are no loss
     if left and (elsewhere or resume is None and not args.overwrite_output_dir):
         raise SystemExit(
             f"{output_dir} holds another run: go on with it by --resume_from_checkpoint latest, "
@@ -1804,6 +1818,11 @@ def find_checkpoint(args):
             if is_whole(path) and path.name == f"checkpoint-{read_state(path)['global_step']}":
                 return path
             print(f"Passing over {path}: it is not whole, or not the checkpoint of that step.")
+        if found and not Path(args.output_dir, "state.json").exists():
+            raise SystemExit(
+                f"No checkpoint in {args.output_dir} can be used: they are damaged, or of another version of this "
+                "script. Go on with that, move them away, or give --overwrite_output_dir instead."
+            )
         if not Path(args.output_dir, "state.json").exists():  # else see has_ended
             print(f"{args.output_dir} has no checkpoint to resume from: starting at step 0.")
     elif resume is not None:
@@ -1843,9 +1862,9 @@ def has_ended(run):
             return False
         raise
     taken = state["global_step"]
-    known = {"resolution": run.resolution} | ({"seed": run.seed} if run.args.seed is None else {})  # too early to tell
-    list_changes(run, state["settings"] | known)
     if taken >= run.max_train_steps:
+        early = {"resolution": run.resolution} | ({"seed": run.seed} if run.args.seed is None else {})
+        list_changes(run, state["settings"] | early)  # but for what this run has not worked out
         print(f"The run in {output_dir} has ended after {taken} steps: there is none left to take.")
         print("To start anew and delete what it left, give --overwrite_output_dir.")
         return True
@@ -1947,9 +1966,10 @@ def settings_table(settings):
 def write_model_card(run, models, repo_id):
     """Writes README.md: base, data, settings, loss curve, sample grid, and how to load the result."""
     args, given = run.args, run.args.pretrained_model_name_or_path
-    lines = Path(args.output_dir, args.logging_dir, "metrics.jsonl").read_text().splitlines()
+    metrics = Path(args.output_dir, args.logging_dir, "metrics.jsonl")
+    lines = metrics.read_text().splitlines() if metrics.exists() else []  # someone may have tidied up
     rows = [json.loads(line) for line in lines]
-    points, curve = loss_curve([row["loss"] for row in rows if "loss" in row])
+    losses = [row["loss"] for row in rows if "loss" in row]
     base, data = name_without_path(given), name_without_path(vars(args).get("dataset_name"))
     header = ModelCardData(base_model=base, datasets=data, library_name="diffusers", **CARD)
     shown_base = base or (Path(given).resolve().name if given else "A new model")
@@ -1961,7 +1981,9 @@ def write_model_card(run, models, repo_id):
     if Path(args.output_dir, grid).exists():
         card.append(f"![samples]({grid})")
         card += [f"- {prompt}" for prompt in dict.fromkeys(picture_prompts(args)) if prompt]
-    card.append(f"{run.global_step} steps. Loss from {points[0]:.4f} to {points[-1]:.4f}: `{curve}`")
+    if losses:
+        points, curve = loss_curve(losses)
+        card.append(f"{run.global_step} steps. Loss from {points[0]:.4f} to {points[-1]:.4f}: `{curve}`")
     for row in rows:
         if "validation_loss" in row:
             card.append(f"Held-out loss at step {row['step']}: {row['validation_loss']:.4f}")
@@ -2137,14 +2159,20 @@ def write_train_args(run):
     replace_file(Path(run.args.output_dir, "train_args.yaml"), text.encode())
 
 
-def prepare_folder(run, checkpoint):
-    """Makes the output folder ready: nothing left of others, the metrics so far, train_args.yaml."""
+def prepare_folder(run, checkpoint, data):
+    """Makes the output folder ready: nothing left of others, the metrics and samples so far, train_args.yaml."""
     Path(run.args.output_dir, "state.json").unlink(missing_ok=True)  # the run has not ended, or goes on
     clear_folder(run)
-    Path(run.args.output_dir, "samples").mkdir(parents=True, exist_ok=True)
+    samples = Path(run.args.output_dir, "samples")
+    samples.mkdir(parents=True, exist_ok=True)
+    for grid in samples.glob("step-*.png"):  # none of a later step, which another end of this run drew
+        if re.fullmatch(r"step-\d+", grid.stem) and int(grid.stem.removeprefix("step-")) > run.global_step:
+            grid.unlink()
     rows = (checkpoint / "metrics.jsonl").read_text().splitlines() if checkpoint else []
-    again = f'{{"step": {run.global_step}, "validation_loss"'  # as a validation of this step comes again
-    metrics = "".join(f"{row}\n" for row in rows if not row.startswith(again))
+    again = f'{{"step": {run.global_step}, "validation_loss"'
+    if run.global_step in steps_to_validate(run, data):
+        rows = [row for row in rows if not row.startswith(again)]
+    metrics = "".join(f"{row}\n" for row in rows)
     replace_file(Path(run.args.output_dir, run.args.logging_dir, "metrics.jsonl"), metrics.encode())
     write_train_args(run)
 
@@ -2248,6 +2276,7 @@ def main(args):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     accelerator = make_accelerator(args)
+    stop.listen()
     lock = FileLock(Path(args.output_dir, ".lock"))
     end = None
     try:

@@ -114,6 +114,23 @@ def test_a_base_with_a_part_in_the_output_folder(train, tiny_model, tmp_path, ca
     assert state_of(out / "unet") == before
 
 
+def test_a_base_whose_file_is_a_link_into_the_output_folder(train, tiny_model, tmp_path, capsys):
+    """Nor is one whose weights are such a link, or that the output folder leads into."""
+    out = train("out")
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    (weights,) = (base / "unet").glob("*.safetensors")
+    weights.unlink()
+    weights.symlink_to(out / "unet" / weights.name)
+    before = state_of(out / "unet")
+    said = refusal(capsys, lambda: train("out", "--overwrite_output_dir", base=base))
+    assert "--pretrained_model_name_or_path" in said and state_of(out / "unet") == before
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "unet").symlink_to(tiny_model / "unet")
+    before = state_of(tiny_model)
+    assert "--pretrained_model_name_or_path" in refusal(capsys, lambda: train("new"))
+    assert state_of(tiny_model) == before
+
+
 @pytest.mark.parametrize("flags", [(), LATEST, ("--overwrite_output_dir",)])
 @pytest.mark.parametrize("name", ["checkpoint-1/optimizer.bin", "README.md", "unet/config.json", "samples/step-1.png"])
 def test_results_of_others_are_not_overwritten(name, flags, train, tmp_path, capsys):

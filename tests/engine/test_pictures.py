@@ -205,7 +205,37 @@ def test_rows_of_paths_are_read_anew(train, pictures, tmp_path):
     second = losses("second")
     write("a dog")
     third = losses("third")
-    assert first != second != third and first == first and losses("again") == third
+    assert first != second != third and losses("again") == third
+
+
+def test_rows_that_change_and_keep_their_time(train, tmp_path):
+    """Pictures in a parquet file that is written anew are encoded anew, though its name and time are the same."""
+    (tmp_path / "rows").mkdir()
+
+    def losses(name, colour):
+        image = make_picture(tmp_path / "a.png", (48, 48), colour)
+        table = datasets.Dataset.from_dict({"image": [str(image)] * 2, "text": ["a cat"] * 2})
+        table.cast_column("image", datasets.Image()).to_parquet(tmp_path / "rows" / "data.parquet")
+        os.utime(tmp_path / "rows" / "data.parquet", (1e9, 1e9))
+        return metrics(train(name, "--train_data_dir", tmp_path / "rows"), "loss")
+
+    assert losses("red", "red") != losses("blue", "blue") != losses("again", "red") == losses("red again", "red")
+
+
+def test_a_caption_that_turns_bad(check, pictures, tmp_path):
+    """It is listed, though its picture was checked before."""
+    data = shutil.copytree(pictures, tmp_path / "pictures")
+    assert check(data) is None
+    text = (data / "metadata.jsonl").read_text()
+    (data / "metadata.jsonl").write_text(text.replace("a red", "a \\ud800", 1))
+    assert "has a caption with characters" in check(data)
+
+
+def test_a_caption_file_in_other_letters(tmp_path):
+    """An é of two letters beside one of one letter is the same name, as macOS writes it."""
+    make_picture(tmp_path / "pictures" / "\u00e9.png")
+    (tmp_path / "pictures" / "e\u0301.txt").write_text("a cat")
+    assert captions_of(tmp_path / "pictures") == {"\u00e9.png": ["a cat"]}
 
 
 def test_a_picture_that_changes_after_its_check(pictures, tmp_path):
@@ -296,7 +326,7 @@ def spoil(folder):
         "blank txt.png": "has no caption",
         "gone.png": "is not there",
         "half letter.png": "has a caption with characters",
-        "high float.tif": "grey values go up to 200",
+        "high float.tif": "grey values go from 200 to 200",
         "latin txt.png": "latin txt.txt that cannot be read",
         "no caption.png": "has no caption",
         "null caption.png": "has no caption",
@@ -378,6 +408,7 @@ def test_picture_without_bytes(check, tmp_path):
         ("metadata.jsonl", '{"file_name": "x\\u0000/a.png", "text": "x"}\n', "names no file"),
         ("metadata.jsonl", '{"file_name": "000.png", "text": "x"}\n{"text": "y"}\n', "names no file"),
         ("metadata.csv", "file_name,text\n000.png\n", None),
+        ("metadata.csv", 'file_name,text\n000.png,"a red circle\n001.png,x\n', "cannot be read"),
         ("metadata.csv", "file_name,text\n000.png,a face, on white\n", "quote captions that have commas"),
         ("metadata.jsonl", '[{"file_name": "000.png", "text": "x"}]\n', "each line has to be an object"),
         ("metadata.csv", 'file_name,text\n000.png,"' + "x" * 200_000 + '"\n', ""),

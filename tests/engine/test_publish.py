@@ -237,7 +237,7 @@ def test_wandb(train, monkeypatch):
     output = train("out", *flags, "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
     runs = sorted((output / "logs" / "wandb").glob("offline-run-*"))
     state = json.loads((output / "checkpoint-3" / "state.json").read_text())
-    assert [folder.name.split("-")[-1] for folder in runs] == [state["tracker_id"]] * 2
+    assert [folder.name.split("-")[3] for folder in runs] == [state["tracker_id"]] * 2
     images = [file.name.split("_")[1] for folder in runs for file in sorted(folder.rglob("media/images/*.png"))]
     assert images == ["0", "2", "3"]
     assert b"learning_rate" in (runs[0] / f"run-{state['tracker_id']}.wandb").read_bytes()

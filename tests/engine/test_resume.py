@@ -192,14 +192,21 @@ def test_latest_passes_over_torn_checkpoints(tear, command, refused, out, uninte
     assert (out / "checkpoint-best").exists() and (out / "checkpoint-9.bak").exists() and litter(out) == []
 
 
-def test_latest_starts_anew_where_all_are_torn(command, out, uninterrupted, capsys):
-    """With nothing to resume from, the run starts at step 0 and says so."""
+def test_latest_is_refused_where_all_are_torn(command, refused, out):
+    """What is left of a run is not overwritten by a new one."""
     for step in (1, 2, 3):
         (out / f"checkpoint-{step}" / "manifest.json").unlink()
-    run(script, *command(out, "--max_train_steps", 2, *RESUME, "latest"))
-    said = capsys.readouterr().out
-    assert said.count("not whole") == 3 and "starting at step 0" in said
-    assert_equal(out / "checkpoint-2", uninterrupted(2))
+    before = {path: path.stat().st_mtime_ns for path in (out / "unet").rglob("*")}
+    said = refused(*command(out, "--max_train_steps", 2, *RESUME, "latest"))
+    assert said.count("not whole") == 3 and "No checkpoint in" in said and "--overwrite_output_dir" in said
+    assert {path: path.stat().st_mtime_ns for path in (out / "unet").rglob("*")} == before
+
+
+def test_latest_starts_where_there_is_none(command, tmp_path, uninterrupted, capsys):
+    """With nothing to resume from, the run starts at step 0 and says so."""
+    run(script, *command(tmp_path / "out", "--max_train_steps", 2, *RESUME, "latest"))
+    assert "starting at step 0" in capsys.readouterr().out
+    assert_equal(tmp_path / "out" / "checkpoint-2", uninterrupted(2))
 
 
 def test_the_limit_keeps_the_newest(command, tmp_path):
@@ -442,6 +449,18 @@ def test_weights_that_are_not_finite_are_not_saved(flags, train, tmp_path):
         )
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert left == {".lock", "logs", "samples", "train_args.yaml"}
+
+
+def test_samples_of_an_abandoned_end_go(train):
+    """The card of a run that went back shows no picture of the steps that it took back."""
+    flags = ("--validation_prompts", "a cat", "--checkpointing_steps", 1)
+    out = train("out", *flags, "--max_train_steps", 3, "--validation_steps", 3)
+    for step in (2, 3):
+        shutil.rmtree(out / f"checkpoint-{step}")
+    (out / "state.json").unlink()
+    train("out", "--max_train_steps", 3, *LATEST)
+    assert [file.name for file in (out / "samples").iterdir()] == ["step-000000.png"]
+    assert "![samples]" not in (out / "README.md").read_text()
 
 
 # Checkpoints that lie elsewhere, and disks that cannot do all.

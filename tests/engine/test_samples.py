@@ -55,7 +55,7 @@ def test_integers_of_32_bits(tmp_path):
         Image.fromarray(values).save(tmp_path / "x.tif")
         assert np.allclose(script.open_image((tmp_path / "x.tif").read_bytes()), values / unit)
     Image.fromarray(np.full((4, 4), 70_000, dtype=np.int32)).save(tmp_path / "x.tif")
-    with pytest.raises(ValueError, match="up to 70000"):
+    with pytest.raises(ValueError, match="70000"):
         script.open_image((tmp_path / "x.tif").read_bytes())
 
 

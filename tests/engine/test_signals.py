@@ -76,10 +76,12 @@ def test_nohup_is_obeyed():
     others = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
         stop = script.StopFlag()
+        stop.listen()
         os.kill(os.getpid(), signal.SIGHUP)
         assert stop.signum == 0
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         stop = script.StopFlag()
+        stop.listen()
         os.kill(os.getpid(), signal.SIGHUP)
         assert stop.signum == signal.SIGHUP
     finally:

@@ -6,8 +6,8 @@ import shutil
 
 import numpy as np
 import pytest
-from diffusers import DDPMScheduler, DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline
-from helpers import changed, for_each_family, metrics, refused_base, same, weights
+from diffusers import DDPMScheduler, DiffusionPipeline, LCMScheduler, PNDMScheduler, StableDiffusionPipeline
+from helpers import changed, for_each_family, load, metrics, refused_base, same, weights
 
 import train_lora
 
@@ -119,7 +119,7 @@ def test_a_schedule_that_is_changed_where_the_base_has_defaults(flags, train, ti
     out = train("out", *flags, "--validation_prompts", "a cat", base=sparse_model)
     assert metrics(out, "loss") == metrics(wanted, "loss")
     config = StableDiffusionPipeline.from_pretrained(out).scheduler.config
-    assert config.prediction_type == flags[1]
+    assert config.prediction_type == flags[1] and not config.get("clip_sample", False)
     zero = len(flags) > 2
     assert config.get("rescale_betas_zero_snr", False) is zero
     assert not zero or config.timestep_spacing == "trailing"
@@ -138,3 +138,26 @@ def test_the_printed_lines_change_the_schedule_too(trainer, sparse_model, monkey
     config = found["pipeline"].scheduler.config
     settings = (config.prediction_type, config.rescale_betas_zero_snr, config.timestep_spacing)
     assert settings == ("v_prediction", True, "trailing")
+
+
+def test_a_scheduler_with_other_defaults(tiny_model, tmp_path):
+    """Settings that a base's file leaves to its scheduler are that scheduler's also while it is trained."""
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    (base / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "LCMScheduler"}')
+    index = json.loads((base / "model_index.json").read_text()) | {"scheduler": ["diffusers", "LCMScheduler"]}
+    (base / "model_index.json").write_text(json.dumps(index))
+    models = load(base)
+    assert np.allclose(models.noise_scheduler.alphas_cumprod, LCMScheduler().alphas_cumprod)
+
+
+@pytest.mark.parametrize("prediction_type", ["flow_prediction", None])
+def test_a_scheduler_that_predicts_something_else_is_refused(prediction_type, tiny_model, tmp_path, capsys):
+    """It is not trained as if it predicted the sample."""
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    name = "DPMSolverMultistepScheduler" if prediction_type else "IPNDMScheduler"
+    settings = {"prediction_type": prediction_type, "use_flow_sigmas": True} if prediction_type else {}
+    (base / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": name} | settings))
+    index = json.loads((base / "model_index.json").read_text()) | {"scheduler": ["diffusers", name]}
+    (base / "model_index.json").write_text(json.dumps(index))
+    words = ["--pretrained_model_name_or_path", base, "--train_data_dir", tmp_path, "--output_dir", tmp_path / "out"]
+    assert f"predicts {prediction_type}" in refused_base(capsys, [*words[:2], "--dataset_name", "x", *words[4:]])
