@@ -2495,7 +2495,7 @@ def write_model_card(run, models, repo_id):
         card.append("The base model's licence applies.")
     card += ["## Load it", f"```python\n{loading_code(run, models, repo_id)}\n```", "## Training"]
     grid = f"samples/step-{run.global_step:06d}.png"
-    if Path(args.output_dir, grid).exists():
+    if picture_prompts(args) and Path(args.output_dir, grid).exists():
         card.append(f"![samples]({grid})")
         card += [f"- {prompt}" for prompt in dict.fromkeys(picture_prompts(args)) if prompt]
     if losses:
@@ -2677,14 +2677,10 @@ def write_train_args(run):
 
 
 def prepare_folder(run, checkpoint, data):
-    """Makes the output folder ready: nothing left of others, the metrics and samples so far, train_args.yaml."""
+    """Makes the output folder ready: nothing left of others, the metrics so far, train_args.yaml."""
     Path(run.args.output_dir, "state.json").unlink(missing_ok=True)  # the run has not ended, or goes on
     clear_folder(run)
-    samples = Path(run.args.output_dir, "samples")
-    samples.mkdir(parents=True, exist_ok=True)
-    for grid in samples.glob("step-*.png"):  # none of a later step, which another end of this run drew
-        if re.fullmatch(r"step-\d+", grid.stem) and int(grid.stem.removeprefix("step-")) > run.global_step:
-            grid.unlink()
+    Path(run.args.output_dir, "samples").mkdir(parents=True, exist_ok=True)
     rows = (checkpoint / "metrics.jsonl").read_text().splitlines() if checkpoint else []
     again = f'{{"step": {run.global_step}, "validation_loss"'
     if run.global_step in steps_to_validate(run, data):

@@ -451,15 +451,14 @@ def test_weights_that_are_not_finite_are_not_saved(flags, train, tmp_path):
     assert left == {".lock", "logs", "samples", "train_args.yaml"}
 
 
-def test_samples_of_an_abandoned_end_go(train):
-    """The card of a run that went back shows no picture of the steps that it took back."""
+def test_the_card_shows_no_picture_of_an_abandoned_end(train):
+    """Of a run that went back and draws none, the pictures of the steps that it took back are not its own."""
     flags = ("--validation_prompts", "a cat", "--checkpointing_steps", 1)
     out = train("out", *flags, "--max_train_steps", 3, "--validation_steps", 3)
     for step in (2, 3):
         shutil.rmtree(out / f"checkpoint-{step}")
     (out / "state.json").unlink()
     train("out", "--max_train_steps", 3, *LATEST)
-    assert [file.name for file in (out / "samples").iterdir()] == ["step-000000.png"]
     assert "![samples]" not in (out / "README.md").read_text()
 
 
