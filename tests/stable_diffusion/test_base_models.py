@@ -251,15 +251,14 @@ def test_a_single_file_that_lacks_weights(tiny_sdxl_model, tmp_path, capsys):
 
 
 def test_adapters_of_a_single_file(tiny_sdxl_model, pictures, tmp_path, capsys):
-    """What the run prints loads the file, and the adapters onto it, to draw as the file's marks say."""
+    """What the run prints loads the file with its configs, and the adapters onto it, to draw as its marks say."""
     file = save_single_file(tiny_sdxl_model, tmp_path / "model.safetensors")
     save_file(load_file(file) | {"v_pred": torch.zeros(0)}, file)
     run(train_lora, *flags_of(file, pictures, tmp_path / "out", "--single_file_config", tiny_sdxl_model))
     code = capsys.readouterr().out.split("To load it:")[1]
-    plain = f"StableDiffusionXLPipeline.from_single_file({str(file)!r}"
-    assert plain in code
-    found = {}  # with the configs, which are not on this Hub
-    exec(code[: code.index("prompt = ")].replace(plain, f"{plain}, config={str(tiny_sdxl_model)!r}"), found)
+    assert f"StableDiffusionXLPipeline.from_single_file({str(file)!r}, config={str(tiny_sdxl_model)!r})" in code
+    found = {}
+    exec(code[: code.index("prompt = ")], found)
     assert found["pipeline"].scheduler.config.prediction_type == "v_prediction"
     assert found["pipeline"].get_active_adapters()
 
