@@ -1727,9 +1727,8 @@ PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", 
 VALIDATION_DRAWS = 4  # noises and timesteps for each held-out picture
 STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"} & {*dir(signal)}
 # What a run that is killed may have been writing: a checkpoint, or a file that replace_file was to put in place.
-TORN = (
-    r"\.checkpoint-\d+\.tmp|\.(README\.md|(train_args|state)\.\w+|metrics\.jsonl|[\w-]+\.safetensors)\.[0-9a-f]+\.tmp"
-)
+WHOLE = r"README\.md|train_args\.yaml|state\.json|metrics\.jsonl|step-\d+\.png|[\w-]+\.safetensors"
+TORN = rf"\.checkpoint-\d+\.tmp|\.({WHOLE})\.[0-9a-f]+\.tmp"
 UNSAVED = {"config", "hub_token", "overwrite_output_dir", "resume_from_checkpoint"}
 
 
@@ -2660,13 +2659,14 @@ def find_checkpoint(args):
             if is_whole(path) and path.name == f"checkpoint-{read_state(path)['global_step']}":
                 return path
             print(f"Passing over {path}: it is not whole, or not the checkpoint of that step.")
-        if found and not Path(args.output_dir, "state.json").exists():
+        if Path(args.output_dir, "state.json").exists():  # see has_ended
+            return None
+        if found:
             raise SystemExit(
                 f"No checkpoint in {args.output_dir} can be used: they are damaged, or of another version of this "
                 "script. Go on with that, move them away, or give --overwrite_output_dir instead."
             )
-        if not Path(args.output_dir, "state.json").exists():  # else see has_ended
-            print(f"{args.output_dir} has no checkpoint to resume from: starting at step 0.")
+        print(f"{args.output_dir} has no checkpoint to resume from: starting at step 0.")
     elif resume is not None:
         path = Path(resume) if Path(resume).is_dir() else Path(args.output_dir, resume)
         path = next((one for one in found if os.path.realpath(one) == os.path.realpath(path)), path)

@@ -55,6 +55,7 @@ def test_hidden_files_of_others_stay(train, tmp_path):
     (out / "logs").mkdir()
     mine = (out / ".notes.tmp", out / ".mywork.tmp" / "a", out / ".draft.7.tmp", out / "logs" / ".x.tmp")
     torn = (out / ".README.md.123.tmp", out / "logs" / ".metrics.jsonl.9.tmp", out / ".checkpoint-5.tmp" / "x")
+    torn += (out / "samples" / ".step-000004.png.1a.tmp",)
     for file in (*mine, *torn):
         file.parent.mkdir(exist_ok=True)
         file.write_text("x")
