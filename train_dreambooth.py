@@ -88,6 +88,12 @@ DEFAULTS = {
     "validation_steps": 100,
     "tracker_project_name": "dreambooth",
 }
+NEEDS = {
+    "num_class_images": "with_prior_preservation",
+    "sample_batch_size": "with_prior_preservation",
+    "prior_generation_precision": "with_prior_preservation",
+    "prior_loss_weight": "with_prior_preservation",
+}
 
 
 def add_flags(parser):
@@ -148,14 +154,13 @@ def stable_diffusion_problems(args):
     vae = args.pretrained_vae_model_name_or_path
     single_file = base.endswith(".safetensors")
     pickled = Path(base).suffix in (".ckpt", ".pt", ".pth", ".bin")
-    on_hub = args.revision or args.variant
     flag, nowhere = "--pretrained_model_name_or_path", "is no folder in diffusers format and no Hub id"
     noise_alone = "--rescale_betas_zero_snr ends the schedule in noise alone: take --prediction_type v_prediction"
     return [
         (pickled, f"{flag} {base} is a pickle, which can run any code as it loads: convert it to .safetensors"),
         (single_file and not os.path.isfile(base), f"{flag} {base} is not a file"),
         (not single_file and not may_be_model(base), f"{flag} {base} {nowhere}"),
-        (single_file and on_hub, f"--revision and --variant are for the Hub, and {base} is a file"),
+        (single_file and args.variant, f"--variant is for folders, and {base} is a file: leave it out"),
         (config and not single_file, f"--single_file_config needs a .safetensors file, not {base}"),
         (config and not may_be_model(config), f"--single_file_config {config} {nowhere}"),
         (vae and not may_be_model(vae), f"--pretrained_vae_model_name_or_path {vae} {nowhere}"),
@@ -288,6 +293,8 @@ def fill_class_pictures(run):
 #   DEFAULTS
 #       the script's defaults of flags that every script has; output_dir, learning_rate, train_batch_size, a number of
 #       epochs or steps, of epochs or steps between validations, and tracker_project_name have no other
+#   NEEDS
+#       flags of the script that do nothing without another one, or another value of it [{}]
 #   add_flags(parser)
 #       adds the flags that not every script has; --pretrained_model_name_or_path and --resolution have to be there
 #   check_flags(args) -> list
@@ -329,6 +336,13 @@ TRACKERS += ["all", "none"]
 SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "timestamp")}
 SHOWN_TOKEN = "--hub_token: the machine's other users, and accelerate launch's error messages, show the command line. "
 SHOWN_TOKEN += "Rather log in with `hf auth login`, or set HF_TOKEN."
+# Flags of every script that do nothing without another one, or another value of it.
+COMMON_NEEDS = {
+    "lr_num_cycles": "lr_scheduler cosine_with_restarts",
+    "lr_power": "lr_scheduler polynomial",
+    "hub_model_id": "push_to_hub",
+    "hub_private_repo": "push_to_hub",
+}
 # Flags that say the same in other words, so that one counts.
 REPLACES = {
     "validation_steps": "validation_epochs",
@@ -486,10 +500,13 @@ def common_problems(args):
     either_validation = "give --validation_steps or --validation_epochs, not both"
     either_start = "give --overwrite_output_dir or --resume_from_checkpoint, not both"
     inside = "has to lie in --output_dir, apart from other runs: tensorboard --logdir takes the folder above them all"
+    base = args.pretrained_model_name_or_path
+    unpublished = args.revision and base and os.path.exists(base)
     otherwise = "take another one by --encoding_cache_dir, or none by --no_encoding_cache"
     return [
         (not is_writable(output_dir), f"--output_dir {output_dir} is no folder that can be made or written to"),
         (logs_apart, f"--logging_dir {args.logging_dir} {inside}"),
+        (unpublished, f"--revision is for the Hub, and {base} is on this machine: leave it out"),
         (uncached, f"the cache folder {cache} cannot be made or written to: {otherwise}"),
         (args.resolution and args.resolution % 8, f"--resolution {args.resolution} is not a multiple of 8"),
         (args.validation_steps and args.validation_epochs, either_validation),
@@ -569,6 +586,15 @@ def read_config(parser, argv):
     return config
 
 
+def print_idle(args, usual):
+    """Says which flags were given and do nothing, as another one that they need was not."""
+    for flag, needed in (COMMON_NEEDS | NEEDS).items():
+        name, *value = needed.split()
+        fulfilled = getattr(args, name) in value if value else getattr(args, name)
+        if getattr(args, flag) != usual[flag] and not fulfilled:
+            print(f"--{flag} does nothing without --{needed}.", file=sys.stderr)
+
+
 def parse_args(argv=None):
     """Parses and checks the command line; whatever is wrong with it is said here, before anything heavy loads."""
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -583,9 +609,12 @@ def parse_args(argv=None):
     typed = {word.split("=")[0] for word in argv}
     for flag in REFUSED.keys() & typed:
         parser.error(f"{flag}: {REFUSED[flag]}")
+    usual = {action.dest: action.default for action in parser._actions}
     parser.set_defaults(**read_config(parser, argv))
     args, unknown = parser.parse_known_args(argv)
-    if unknown:  # of which the first is a flag, and the others may be a token
+    if unknown and not unknown[0].startswith("--"):  # which may be a token
+        parser.error("a word stands there that belongs to no flag: quote values that have blanks, and see to `=`")
+    if unknown:
         parser.error(unrecognized(unknown[0].split("=")[0], parser._option_string_actions))
     for name, other in REPLACES.items():
         if getattr(args, name) is None and getattr(args, other) is None:
@@ -593,6 +622,7 @@ def parse_args(argv=None):
     for problem, sentence in check_flags(args) + common_problems(args):
         if problem:
             parser.error(sentence)
+    print_idle(args, usual)
     if "--hub_token" in typed:
         print(SHOWN_TOKEN, file=sys.stderr)
     return args
@@ -862,7 +892,8 @@ def read_metadata(file, caption_column):
         columns = list(dict.fromkeys(column for row in rows for column in row))
         for column in ("file_name", caption_column):
             if column not in columns:
-                raise SystemExit(f"{file} has no column {column!r}, but {columns}; see --caption_column.")
+                hint = "it needs one, and commas between columns" if column == "file_name" else "see --caption_column"
+                raise SystemExit(f"{file} has no column {column!r}, but {columns}: {hint}.")
         captions = {}
         for row in rows:  # several for a picture are several captions
             if None in row:
@@ -961,8 +992,25 @@ def picture_and_caption(samples, key):
 # The base model
 
 
-def open_folder(args, parts, variant):
-    """Opens a base model of the diffusers layout in float32, as the pipeline that its model_index.json names."""
+def open_folder(args, parts):
+    """Opens a base model of the diffusers layout, from files in half precision if it has no others."""
+    try:
+        return open_variant(args, parts, args.variant)
+    except OSError as error:
+        missing = re.search("Error no file named|Could not find the necessary", str(error))
+        if args.variant or not missing:  # a torn file is not to be passed over
+            raise
+        problem = error
+    try:
+        pipeline = open_variant(args, parts, "fp16")
+    except OSError:
+        raise problem
+    PartialState().print(f"The base is of files in half precision, as it has no others: {problem}")
+    return pipeline
+
+
+def open_variant(args, parts, variant):
+    """Opens one variant of such a base in float32, as the pipeline that its model_index.json names."""
     base = args.pretrained_model_name_or_path
     config = DiffusionPipeline.load_config(base, revision=args.revision, cache_dir=args.cache_dir)
     name = config["_class_name"]
@@ -1008,7 +1056,7 @@ def open_single_file(args, parts):
 
 
 def open_base(args):
-    """Opens the base model's pipeline as it was published, from files in half precision if it has no others."""
+    """Opens the base model's pipeline as it was published."""
     base, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
     parts = {"feature_extractor": None}
     if vae:
@@ -1018,19 +1066,13 @@ def open_base(args):
             )
         except (OSError, ValueError) as error:
             raise SystemExit(f"--pretrained_vae_model_name_or_path {vae} cannot be loaded: {error}")
-    single_file, problem = base.endswith(".safetensors"), None
-    for variant in [args.variant] if args.variant or single_file else [None, "fp16"]:
-        try:
-            pipeline = open_single_file(args, parts) if single_file else open_folder(args, parts, variant)
-            if problem:
-                PartialState().print(f"The base is of files in half precision, as for others: {problem}")
-            break
-        except Exception as error:  # diffusers raises nearly anything over files that it cannot use
-            problem = problem or error
-    else:
+    single_file = base.endswith(".safetensors")
+    try:
+        pipeline = open_single_file(args, parts) if single_file else open_folder(args, parts)
+    except Exception as error:  # diffusers raises nearly anything over files that it cannot use
         missing = single_file and not args.single_file_config
         hint = " Without a network, and for SD 2.x, a single file needs --single_file_config." if missing else ""
-        raise SystemExit(f"{base} cannot be loaded as a Stable Diffusion model of safetensors files: {problem}{hint}")
+        raise SystemExit(f"{base} cannot be loaded as a Stable Diffusion model of safetensors files: {error}{hint}")
     check_family(base, pipeline)
     # So that it is saved under the names of all published folders. Since transformers 5.6 its layers have others.
     pipeline.text_encoder._weight_conversions = get_model_conversion_mapping(pipeline.text_encoder, add_legacy=False)
@@ -2293,7 +2335,10 @@ def check_folder(args):
     found = numbered_checkpoints(output_dir)
     left = found + [path for pattern in PUBLISHED for path in sorted(output_dir.glob(pattern))]
     foreign = [path for path in left if script_of(path) is None]  # or torn, or a result
-    if foreign and not (output_dir / "train_args.yaml").exists():
+    written = output_dir / "train_args.yaml"
+    if written.exists() and not written.read_text(errors="replace").startswith("# torch "):  # see write_train_args
+        raise SystemExit(f"{written} is not of a run, which would write its own there: move or rename it.")
+    if foreign and not written.exists():
         raise SystemExit(
             f"{output_dir} holds {foreign[0].name}, which no run of this script left: take another folder."
         )
@@ -2788,6 +2833,7 @@ def main(args):
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # else Ctrl-C would wait for the processes that this one waits for
     accelerator = make_accelerator(args)
     stop.listen()
     lock = FileLock(Path(args.output_dir, ".lock"))

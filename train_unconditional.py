@@ -76,6 +76,14 @@ DEFAULTS = {
     "validation_epochs": 10,
     "tracker_project_name": "train_unconditional",
 }
+NEEDS = {
+    "dataset_config_name": "dataset_name",
+    "ema_inv_gamma": "use_ema",
+    "ema_power": "use_ema",
+    "ema_max_decay": "use_ema",
+    "foreach_ema": "use_ema",
+    "offload_ema": "use_ema",
+}
 
 
 def add_flags(parser):
@@ -236,6 +244,8 @@ def read_rows(args, files, columns):
 #   DEFAULTS
 #       the script's defaults of flags that every script has; output_dir, learning_rate, train_batch_size, a number of
 #       epochs or steps, of epochs or steps between validations, and tracker_project_name have no other
+#   NEEDS
+#       flags of the script that do nothing without another one, or another value of it [{}]
 #   add_flags(parser)
 #       adds the flags that not every script has; --pretrained_model_name_or_path and --resolution have to be there
 #   check_flags(args) -> list
@@ -277,6 +287,13 @@ TRACKERS += ["all", "none"]
 SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "timestamp")}
 SHOWN_TOKEN = "--hub_token: the machine's other users, and accelerate launch's error messages, show the command line. "
 SHOWN_TOKEN += "Rather log in with `hf auth login`, or set HF_TOKEN."
+# Flags of every script that do nothing without another one, or another value of it.
+COMMON_NEEDS = {
+    "lr_num_cycles": "lr_scheduler cosine_with_restarts",
+    "lr_power": "lr_scheduler polynomial",
+    "hub_model_id": "push_to_hub",
+    "hub_private_repo": "push_to_hub",
+}
 # Flags that say the same in other words, so that one counts.
 REPLACES = {
     "validation_steps": "validation_epochs",
@@ -434,10 +451,13 @@ def common_problems(args):
     either_validation = "give --validation_steps or --validation_epochs, not both"
     either_start = "give --overwrite_output_dir or --resume_from_checkpoint, not both"
     inside = "has to lie in --output_dir, apart from other runs: tensorboard --logdir takes the folder above them all"
+    base = args.pretrained_model_name_or_path
+    unpublished = args.revision and base and os.path.exists(base)
     otherwise = "take another one by --encoding_cache_dir, or none by --no_encoding_cache"
     return [
         (not is_writable(output_dir), f"--output_dir {output_dir} is no folder that can be made or written to"),
         (logs_apart, f"--logging_dir {args.logging_dir} {inside}"),
+        (unpublished, f"--revision is for the Hub, and {base} is on this machine: leave it out"),
         (uncached, f"the cache folder {cache} cannot be made or written to: {otherwise}"),
         (args.resolution and args.resolution % 8, f"--resolution {args.resolution} is not a multiple of 8"),
         (args.validation_steps and args.validation_epochs, either_validation),
@@ -517,6 +537,15 @@ def read_config(parser, argv):
     return config
 
 
+def print_idle(args, usual):
+    """Says which flags were given and do nothing, as another one that they need was not."""
+    for flag, needed in (COMMON_NEEDS | NEEDS).items():
+        name, *value = needed.split()
+        fulfilled = getattr(args, name) in value if value else getattr(args, name)
+        if getattr(args, flag) != usual[flag] and not fulfilled:
+            print(f"--{flag} does nothing without --{needed}.", file=sys.stderr)
+
+
 def parse_args(argv=None):
     """Parses and checks the command line; whatever is wrong with it is said here, before anything heavy loads."""
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -531,9 +560,12 @@ def parse_args(argv=None):
     typed = {word.split("=")[0] for word in argv}
     for flag in REFUSED.keys() & typed:
         parser.error(f"{flag}: {REFUSED[flag]}")
+    usual = {action.dest: action.default for action in parser._actions}
     parser.set_defaults(**read_config(parser, argv))
     args, unknown = parser.parse_known_args(argv)
-    if unknown:  # of which the first is a flag, and the others may be a token
+    if unknown and not unknown[0].startswith("--"):  # which may be a token
+        parser.error("a word stands there that belongs to no flag: quote values that have blanks, and see to `=`")
+    if unknown:
         parser.error(unrecognized(unknown[0].split("=")[0], parser._option_string_actions))
     for name, other in REPLACES.items():
         if getattr(args, name) is None and getattr(args, other) is None:
@@ -541,6 +573,7 @@ def parse_args(argv=None):
     for problem, sentence in check_flags(args) + common_problems(args):
         if problem:
             parser.error(sentence)
+    print_idle(args, usual)
     if "--hub_token" in typed:
         print(SHOWN_TOKEN, file=sys.stderr)
     return args
@@ -683,6 +716,8 @@ def load_unet(args):
             )
             break
         except (OSError, ValueError) as caught:
+            if "Unable to load weights" in str(caught):  # a torn file is not to be passed over
+                raise SystemExit(f"{base}: {caught}")
             problems.append(f"\n  {kind.__name__}: {caught}")
     else:
         listing = "".join(dict.fromkeys(problems))
@@ -1776,7 +1811,10 @@ def check_folder(args):
     found = numbered_checkpoints(output_dir)
     left = found + [path for pattern in PUBLISHED for path in sorted(output_dir.glob(pattern))]
     foreign = [path for path in left if script_of(path) is None]  # or torn, or a result
-    if foreign and not (output_dir / "train_args.yaml").exists():
+    written = output_dir / "train_args.yaml"
+    if written.exists() and not written.read_text(errors="replace").startswith("# torch "):  # see write_train_args
+        raise SystemExit(f"{written} is not of a run, which would write its own there: move or rename it.")
+    if foreign and not written.exists():
         raise SystemExit(
             f"{output_dir} holds {foreign[0].name}, which no run of this script left: take another folder."
         )
@@ -2271,6 +2309,7 @@ def main(args):
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # else Ctrl-C would wait for the processes that this one waits for
     accelerator = make_accelerator(args)
     stop.listen()
     lock = FileLock(Path(args.output_dir, ".lock"))

@@ -201,6 +201,7 @@ def test_the_flags_need_no_more_than_they_list():
     source = (ROOT / "train_text_to_image.py").read_text()
     least = """
 REFUSED = {}
+NEEDS = {}
 DEFAULTS = {
     "output_dir": "out",
     "learning_rate": 1.0,

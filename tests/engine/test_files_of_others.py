@@ -48,6 +48,19 @@ def test_a_pipeline_of_others_is_not_overwritten(train, tiny_model, tmp_path, ca
     assert state_of(tmp_path / "out") == state_of(tiny_model)
 
 
+def test_a_config_of_that_name_is_not_overwritten(train, tmp_path):
+    """A train_args.yaml that you wrote stays; a run's own gives way to the next one's."""
+    mine = tmp_path / "out" / "train_args.yaml"
+    mine.parent.mkdir()
+    mine.write_text("# my notes\nseed: 1\n")
+    for flags in ((), ("--overwrite_output_dir",), ("--config", mine)):
+        with pytest.raises(SystemExit, match="train_args.yaml is not of a run"):
+            train("out", *flags)
+    assert mine.read_text() == "# my notes\nseed: 1\n"
+    train("other", "--max_train_steps", 1)
+    train("other", "--max_train_steps", 1, "--overwrite_output_dir")
+
+
 def test_hidden_files_of_others_stay(train, tmp_path):
     """Only what a killed run of ours was writing is cleared away."""
     out = tmp_path / "out"

@@ -411,6 +411,33 @@ def test_needed(capsys, name):
     assert f"--{name}" in refusal(capsys, written({name: None}) + typed(needed(name)))
 
 
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ({"offload_ema": True}, "--offload_ema does nothing without --use_ema.\n"),
+        ({"offload_ema": True, "use_ema": True}, ""),
+        ({"dream_detail_preservation": 2.0}, "--dream_detail_preservation does nothing without --dream_training.\n"),
+        ({"lr_num_cycles": 2}, "--lr_num_cycles does nothing without --lr_scheduler cosine_with_restarts.\n"),
+        ({"lr_num_cycles": 2, "lr_scheduler": "cosine_with_restarts"}, ""),
+        ({"lr_power": 1.0}, ""),
+        ({"hub_model_id": "me/model"}, "--hub_model_id does nothing without --push_to_hub.\n"),
+    ],
+)
+def test_flags_that_do_nothing_are_told(capsys, flags, said):
+    """What lacks the flag that it needs is told of, from a config too; the run starts, as nothing is wrong."""
+    for words in (typed({**needed(), **flags}), written(flags) + typed(needed())):
+        script.parse_args(words)
+        assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("flag", ["revision", "non_ema_revision"])
+def test_a_revision_of_a_folder_is_refused(capsys, tmp_path, flag):
+    """A folder has no revisions, so another state of it than asked for would be trained."""
+    (tmp_path / "base").mkdir()
+    base = {"pretrained_model_name_or_path": tmp_path / "base", flag: "main"}
+    assert refusal(capsys, typed({**needed(), **base})).startswith(f"--{flag} is for the Hub, and {tmp_path}/base")
+
+
 def test_the_usage_is_not_in_the_way():
     """A mistake is all that is said; the flags are listed for --help alone."""
     command = [sys.executable, ROOT / "train_text_to_image.py", "--max_train_step", "5", *typed(needed())]
@@ -451,6 +478,13 @@ def test_no_refusal_of_the_command_line_shows_the_token(capsys, words):
     """Of flags that are unknown, their values are not said."""
     sentence = refusal(capsys, typed(needed()) + words.split())
     assert "secret" not in sentence and "did you mean --hub_token?" in sentence
+
+
+@pytest.mark.parametrize("words", ["--hub_token = hf_secret", "--hub_token x hf_secret", "--seed 1 hf_secret"])
+def test_no_stray_word_is_shown(capsys, words):
+    """A word that belongs to no flag may be a token."""
+    sentence = refusal(capsys, typed(needed()) + words.split())
+    assert "secret" not in sentence and "belongs to no flag" in sentence
 
 
 @pytest.mark.parametrize("words", ["--hub_token hf_secret", "--hub_token=hf_secret"])

@@ -401,7 +401,8 @@ def test_picture_without_bytes(check, tmp_path):
     [
         ("metadata.jsonl", '{"file_name": "000.png", "caption": "x"}\n', "'text', but ['file_name', 'caption']"),
         ("metadata.jsonl", '{"image": "000.png", "text": "x"}\n', "'file_name', but ['image', 'text']"),
-        ("metadata.csv", "file_name,caption\n000.png,x\n", "'text', but ['file_name', 'caption']"),
+        ("metadata.csv", "file_name,caption\n000.png,x\n", "'text', but ['file_name', 'caption']: see --caption"),
+        ("metadata.csv", "file_name;text\n000.png;x\n", "but ['file_name;text']: it needs one, and commas between"),
         ("metadata.jsonl", '{"file_name": "000.png", "text": "x"}\n\n{"file_name": "001.png", "te', "of line 3"),
         ("metadata.jsonl", '["000.png", "x"]\n', ""),
         ("metadata.jsonl", '{"file_name": null, "text": "x"}\n', "names no file"),
@@ -481,6 +482,18 @@ def test_column_of_another_type(check, tmp_path, flag, column, says):
         assert f"{flag} {column} names a column that {says}" in message
     else:
         assert message is None if column == "texts" else message.startswith("2 of 2 ")
+
+
+def test_a_column_that_starts_without_pictures(train, used, tmp_path, capsys):
+    """A column of pictures is one though its first hundred rows have none."""
+    picture = {"bytes": make_picture(tmp_path / "a.png").read_bytes(), "path": None}
+    rows = {"image": [None] * 100 + [picture] * 2, "text": ["x"] * 102}
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    (tmp_path / "rows").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "rows" / "a.parquet")
+    train("out", "--train_data_dir", tmp_path / "rows", "--on_bad_image", "skip")
+    assert names_of(used[0]) == ["row 100", "row 101"]
+    assert "100 of 102 pictures cannot be used" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("column", ["image", "caption"])

@@ -19,6 +19,7 @@ from helpers import (
     cosine,
     drift,
     everything,
+    files_in,
     finish,
     flags_of,
     in_epochs,
@@ -59,14 +60,18 @@ def test_two_processes_are_one(tiny_model, five_pictures, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.launch
-def test_ranks_that_see_copies(tiny_model, pictures, tmp_path):
-    """Two ranks whose pictures are copies with other times start a second time: rank 0 knows them all, so both do."""
+def test_ranks_on_two_machines(tiny_model, pictures, tmp_path):
+    """Two ranks have copies of the pictures, with other times, and a cache each; they start a second time as well.
+
+    What was checked, rank 0 knows for both. Each fills its own cache, as it shares no disk.
+    """
     for rank in range(2):
         shutil.copytree(pictures, tmp_path / str(rank) / "pictures")
         for file in (tmp_path / str(rank) / "pictures").iterdir():
             os.utime(file, (rank, rank))
     wrapper = tmp_path / "wrapper.py"
-    lines = ["import os, runpy, sys", f"os.chdir({str(tmp_path)!r} + '/' + os.environ['RANK'])"]
+    lines = ["import os, runpy, socket, sys", f"os.chdir({str(tmp_path)!r} + '/' + os.environ['RANK'])"]
+    lines += ["os.environ['XDG_CACHE_HOME'] = os.getcwd()", "socket.gethostname = lambda: os.environ['RANK']"]
     wrapper.write_text(
         "\n".join([*lines, f"runpy.run_path({str(ROOT / 'train_text_to_image.py')!r}, None, '__main__')"])
     )
@@ -76,6 +81,8 @@ def test_ranks_that_see_copies(tiny_model, pictures, tmp_path):
         environment = ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"}
         done = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-3000:]
+    entries = [files_in(tmp_path / str(rank) / "diffusion-training" / "prompts") for rank in range(2)]
+    assert entries[0] and entries[0] == entries[1]
 
 
 @pytest.mark.launch

@@ -503,6 +503,35 @@ def test_a_disk_that_flushes_no_folders(train, monkeypatch):
     assert whole_checkpoints(train("out", "--checkpointing_steps", 2)) == [2, 4]
 
 
+def test_the_result_is_on_the_disk_before_the_run_has_ended(train, tmp_path, monkeypatch):
+    """When state.json says that the run has ended, no part of the result is still to be written by the system."""
+    out, flushed, flush = tmp_path / "out", set(), script.flush
+
+    def note(*paths):
+        if not (out / "state.json").exists():
+            flushed.update(paths)
+        flush(*paths)
+
+    monkeypatch.setattr(script, "flush", note)
+    train("out")
+    result = {file for file in out.rglob("*") if file.is_file() and "logs" not in file.parts}
+    assert result - {out / name for name in (".lock", "state.json", "train_args.yaml")} <= flushed
+    assert out in flushed and (out / "state.json").exists()
+
+
+def test_logs_that_are_removed_before_the_end(train, monkeypatch):
+    """The result gets its card without them."""
+    save_result = script.save_result
+
+    def save(run, models):
+        save_result(run, models)
+        shutil.rmtree(Path(run.args.output_dir, "logs"))
+
+    monkeypatch.setattr(script, "save_result", save)
+    out = train("out")
+    assert "## Load it" in (out / "README.md").read_text() and (out / "state.json").exists()
+
+
 def test_logs_that_are_removed(train, monkeypatch):
     """Someone who tidies up does not end a run."""
     save_checkpoint = script.save_checkpoint

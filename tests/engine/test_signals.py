@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -53,6 +54,22 @@ def goes_on(start, command, uninterrupted):
         return step
 
     return check
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_process_that_waits_for_others_can_be_stopped(name, start, command, tmp_path):
+    """One whose peers never start is stopped by a signal, though it waits inside of torch."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    world |= {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    process = start(command(tmp_path / "out"), environment=world)
+    process.until(lambda: port in {one.laddr.port for one in psutil.Process(process.pid).net_connections()})
+    time.sleep(0.5)  # by then it waits
+    os.kill(process.pid, getattr(signal, name))
+    assert process.wait(20) != 0 and not (tmp_path / "out").exists()
 
 
 @pytest.mark.launch

@@ -61,7 +61,8 @@ def flags_of_parser(script):
     script.add_common_flags(parser)
     script.add_saving_flags(parser)
     actions = {action.option_strings[0].removeprefix("--"): action for action in parser._actions}
-    alone = {"single_file_config", "resume_from_checkpoint"}  # which need a file and a checkpoint
+    # Of these, two need a Hub id as the base, one a file and one a checkpoint.
+    alone = {"revision", "non_ema_revision", "single_file_config", "resume_from_checkpoint"}
     return {name: action for name, action in actions.items() if name not in alone}
 
 
@@ -137,6 +138,16 @@ def test_every_script_takes_its_arguments_back(tmp_path, monkeypatch, name):
         assert vars(again) | {flag: getattr(args, flag) for flag in script.UNSAVED} == vars(args)
 
     come_back()
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_what_flags_need_is_there(name):
+    """Each flag that needs another one is a flag of the script, and so is that, with the value it should have."""
+    script = importlib.import_module(name)
+    actions = {action.dest: action for action in flags_of_parser(script).values()}
+    for flag, needed in (script.COMMON_NEEDS | script.NEEDS).items():
+        other, *values = needed.split()
+        assert flag in actions and other in actions and {*values} <= {*(actions[other].choices or ())}
 
 
 @pytest.mark.parametrize("name", NEEDED)

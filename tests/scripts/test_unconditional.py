@@ -270,6 +270,16 @@ def test_a_base_of_fp16_files_only(train, base, tmp_path):
     assert {tensor.dtype for tensor in weights(found).values()} == {torch.float32}
 
 
+def test_a_torn_file_is_not_passed_over(train, base, tmp_path):
+    """A base whose file is torn is refused, though it has another one in half precision."""
+    model = shutil.copytree(base, tmp_path / "model")
+    DDPMPipeline.from_pretrained(base).to(torch.float16).save_pretrained(model, variant="fp16")
+    file = model / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(SystemExit, match="Unable to load weights"):
+        train("out", "--pretrained_model_name_or_path", model)
+
+
 def test_unusable_models_are_refused(train, tiny_model, base, tmp_path):
     """What is no UNet of three channels without classes is refused in a sentence, before anything is written."""
 

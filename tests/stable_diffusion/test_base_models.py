@@ -47,12 +47,12 @@ def test_bases_that_are_refused(tiny_model, tiny_sdxl_model, tmp_path, capsys, m
     assert "is not a file" in sentence("missing.safetensors")
     assert "cannot be loaded" in sentence("model.safetensors", "--single_file_config", tiny_model)
     assert "--single_file_config" in sentence(tiny_model, "--single_file_config", tiny_model)
-    for words in (("--revision", "main"), ("--variant", "fp16")):
-        assert "model.safetensors is a file" in sentence("model.safetensors", *words)
+    assert "model.safetensors is on this machine" in sentence("model.safetensors", "--revision", "main")
+    assert "model.safetensors is a file" in sentence("model.safetensors", "--variant", "fp16")
     assert "--single_file_config nowhere/at/all" in sentence(
         "model.safetensors", "--single_file_config", "nowhere/at/all"
     )
-    assert "model.safetensors is a file" in sentence("model.safetensors", "--non_ema_revision", "non-ema")
+    assert "model.safetensors is on" in sentence("model.safetensors", "--non_ema_revision", "non-ema")
     for vae in ("/no/where", "vae.safetensors"):
         assert f"--pretrained_vae_model_name_or_path {vae} is no" in sentence(
             tiny_model, "--pretrained_vae_model_name_or_path", vae
@@ -74,18 +74,40 @@ def test_bases_that_are_refused(tiny_model, tiny_sdxl_model, tmp_path, capsys, m
     assert "no text-to-image model" in sentence(refiner)
 
 
-def test_a_base_model_of_fp16_files_only(train, tiny_model, tmp_path):
-    """A base with nothing but .fp16 files loads, with and without --variant, and trains in float32."""
+def test_a_base_model_of_fp16_files_only(train, tiny_model, tmp_path, capsys):
+    """A base with nothing but .fp16 files loads, with and without --variant, and trains in float32; a line says so."""
     model = tmp_path / "model"
     StableDiffusionPipeline.from_pretrained(tiny_model).to(torch.float16).save_pretrained(model, variant="fp16")
     assert {file.name.split(".")[-2] for file in model.rglob("*.safetensors")} == {"fp16"}
     assert {tensor.dtype for tensor in weights(model).values()} <= {torch.float16, torch.int64}
     out = train("found", "--pretrained_model_name_or_path", model)
+    assert "The base is of files in half precision, as it has no others" in capsys.readouterr().out
     named = train("named", "--pretrained_model_name_or_path", model, "--variant", "fp16")
+    assert "half precision" not in capsys.readouterr().out
     assert same(weights(out), weights(named))
     assert {tensor.dtype for tensor in weights(out).values() if tensor.is_floating_point()} == {torch.float32}
     assert not any(".fp16." in file.name for file in out.rglob("*.safetensors"))
     assert not all(torch.equal(tensor, tensor.half().float()) for tensor in weights(out / "unet").values())
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_a_torn_file_is_not_passed_over(train, tiny_model, tmp_path, part):
+    """A base whose file is torn is refused, though it has another one in half precision."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    StableDiffusionPipeline.from_pretrained(tiny_model).to(torch.float16).save_pretrained(model, variant="fp16")
+    (file,) = (path for path in (model / part).glob("*.safetensors") if ".fp16" not in path.name)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(SystemExit, match="model cannot be loaded as a Stable Diffusion model"):
+        train("out", "--pretrained_model_name_or_path", model)
+
+
+def test_fp16_files_on_the_hub(train, hub, tiny_model, tmp_path, capsys):
+    """A base of the Hub that has nothing but .fp16 files loads too."""
+    model = tmp_path / "model"
+    StableDiffusionPipeline.from_pretrained(tiny_model).to(torch.float16).save_pretrained(model, variant="fp16")
+    hub.add_folder("me/half", model)
+    train("out", "--max_train_steps", 1, base="me/half")
+    assert "The base is of files in half precision" in capsys.readouterr().out
 
 
 def test_a_base_model_of_pickles_is_refused(train, tiny_model, tmp_path):

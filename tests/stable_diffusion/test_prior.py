@@ -59,6 +59,21 @@ def test_class_pictures_are_of_their_prompt(train, classes, tmp_path):
     train("foreign", *prior(classes))
 
 
+def test_class_pictures_that_another_run_draws_meanwhile(train, tmp_path, monkeypatch):
+    """Two runs draw into one folder for unlike prompts: the second does not train on what the first drew."""
+    folder, draw = tmp_path / "class", script.draw_class_pictures
+
+    def drawn_by_another(args, pipeline, names, seed):
+        other = SimpleNamespace(class_data_dir=args.class_data_dir, class_prompt="a green square")
+        pipeline = lambda prompts, generator: SimpleNamespace(images=[Image.new("RGB", (8, 8))])  # noqa: E731
+        draw(other, pipeline, names, seed)
+
+    monkeypatch.setattr(script, "draw_class_pictures", drawn_by_another)
+    flags = ("--with_prior_preservation", "--class_data_dir", folder, "--num_class_images", 1)
+    with pytest.raises(SystemExit, match="was drawn for 'a green square'"):
+        train("out", *flags, "--class_prompt", "a red circle")
+
+
 def test_class_pictures_of_another_run_are_not_replaced(tmp_path):
     """Two runs that draw into one folder keep what came first, as the other may already train on it."""
     (tmp_path / "class-00000.png").write_bytes(b"first")
@@ -173,7 +188,7 @@ def fast_drawing(monkeypatch):
     return calls
 
 
-def test_class_pictures_are_drawn_once(train, fast_drawing, monkeypatch, tmp_path):
+def test_class_pictures_are_drawn_once(train, fast_drawing, monkeypatch, tmp_path, hub, tiny_model):
     """Missing ones are drawn as PNG, all different; what is there stays and counts; the drawing model is freed."""
     folder = tmp_path / "new" / "class"
     live, load_models = [], script.load_models
@@ -188,7 +203,9 @@ def test_class_pictures_are_drawn_once(train, fast_drawing, monkeypatch, tmp_pat
     revisions, from_pretrained = [], StableDiffusionPipeline.from_pretrained
     watched = lambda base, **how: revisions.append(how["revision"]) or from_pretrained(base, **how)  # noqa: E731
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", watched)
-    train("first", *prior(folder, 3), "--sample_batch_size", 2, "--revision", "tag")
+    hub.add_folder("me/model", tiny_model)
+    hub.add_folder("me/model@tag", tiny_model)
+    train("first", *prior(folder, 3), "--sample_batch_size", 2, "--revision", "tag", base="me/model")
     assert revisions == ["tag", "tag"]  # of the model that draws, and of the one that is trained
     assert fast_drawing == [[CLASS, CLASS], [CLASS]] and live == [before]
     first = state_of(folder)
