@@ -37,11 +37,13 @@ import copy
 import csv
 import ctypes
 import dataclasses
+import datetime
 import difflib
 import functools
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import logging
 import math
@@ -60,6 +62,7 @@ import traceback
 import typing
 import unicodedata
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -387,7 +390,8 @@ def add_common_flags(parser):
     cache = "where checks, latents and embeddings are kept (~/.cache/diffusion-training)"
     add("--encoding_cache_dir", type=path_name, help=cache)
     add("--no_encoding_cache", **switch, help="keep none of them, and run the frozen models in every step")
-    add("--dataloader_num_workers", type=natural_int, default=0, help="processes that load pictures")
+    workers = "processes that load pictures (default: up to 8 on a GPU, none on a CPU)"
+    add("--dataloader_num_workers", type=natural_int, help=workers)
 
     add = parser.add_argument_group("training").add_argument
     add("--output_dir", type=path_name, help="folder for the result, samples, logs and checkpoints")
@@ -400,6 +404,7 @@ def add_common_flags(parser):
     add("--gradient_checkpointing", **switch, help="recompute activations: less memory, slower")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: as the launcher is configured")
     add("--allow_tf32", **switch, help="TF32 matrix products on Ampere GPUs and later")
+    add("--deterministic", **switch, help="kernels that give the same bits each time, for an exact resume on a GPU")
     add("--enable_xformers_memory_efficient_attention", **switch, help="xformers' attention instead of PyTorch's")
 
     add = parser.add_argument_group("optimizer").add_argument
@@ -634,6 +639,7 @@ if __name__ == "__main__":
 # === End of flags ===
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it asks for torchvision, which nothing here needs
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns in each process that loads pictures
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import diffusers
@@ -647,6 +653,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DynamoBackend,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
     gather_object,
     parse_flag_from_env,
     send_to_device,
@@ -967,9 +974,10 @@ def draw_caption(samples, key, proportion_empty=0):
 def picture_and_caption(samples, key):
     """Returns the part of a sample that its latents and its conditioning are made of.
 
-    "caption", and its embeddings if they are cached; "pixel_values" (3, resolution, resolution) in [-1, 1], or "mean"
-    and "std" of its latents if they are cached; "posterior_noise" of the latents' shape; and "time_ids" (6,), which
-    only SDXL reads, in pixels: the file's height and width, the crop's top and left, the sample's height and width.
+    "caption", with its embeddings if they are cached, or "input_ids" (text encoders, tokens); "pixel_values"
+    (3, resolution, resolution) in [-1, 1], or "mean" and "std" of its latents if they are cached; "posterior_noise" of
+    the latents' shape; and "time_ids" (6,), which only SDXL reads, in pixels: the file's height and width, the crop's
+    top and left, the sample's height and width.
     """
     crop = samples.choose_crop(key)
     caption = choose_caption(samples, key)
@@ -986,6 +994,8 @@ def picture_and_caption(samples, key):
         sample["pixel_values"] = samples.pixels(crop)
     if caption in samples.cached_embeddings:
         sample.update(load_file(samples.cached_embeddings[caption]))
+    else:
+        sample["input_ids"] = tokenize(samples.tokenizers, caption)
     return sample
 
 
@@ -1208,23 +1218,28 @@ def picture_prompts(args):
 # What the frozen models make of the data
 
 
-def encode_pixels(vae, pixel_values):
+def encode_pixels(models, pixel_values):
     """Returns "mean" and "std" of the latents' posterior, each (bsz, 4, h, w) in float32."""
+    pixel_values = pixel_values.to(models.vae.device, non_blocking=True)
     # One picture a forward pass: a batch-mate changes the last bits.
-    posteriors = [vae.encode(pixels[None]).latent_dist for pixels in pixel_values]
+    posteriors = [models.vae.encode(pixels[None]).latent_dist for pixels in pixel_values]
     return {name: torch.cat([getattr(p, name) for p in posteriors]).float() for name in ("mean", "std")}
 
 
-def encode_prompts(models, prompts):
-    """Returns the conditioning of some prompts, as a dict of float32 tensors.
+def tokenize(tokenizers, prompt):
+    """Returns a prompt's token ids (text encoders, tokens)."""
+    return torch.tensor([tokenizer(prompt, **PADDED).input_ids for tokenizer in tokenizers])
+
+
+def encode_prompts(models, input_ids, prompts):
+    """Returns the conditioning of prompts, by their ids (bsz, text encoders, tokens), as a dict of float32 tensors.
 
     "encoder_hidden_states" (bsz, tokens, dim), and for SDXL the pooled "text_embeds" (bsz, dim).
     """
     hidden_states, xl = [], len(models.text_encoders) > 1
-    for tokenizer, text_encoder in zip(models.tokenizers, models.text_encoders):
-        ids = tokenizer(prompts, return_tensors="pt", **PADDED).input_ids
+    for text_encoder, ids in zip(models.text_encoders, input_ids.unbind(1)):
         # One prompt a forward pass, as with pictures, unless gradients have to flow back through a single one.
-        rows = ids.to(text_encoder.device).split(len(ids) if text_encoder.training else 1)
+        rows = ids.to(text_encoder.device, non_blocking=True).split(len(ids) if text_encoder.training else 1)
         outputs = [text_encoder(row, output_hidden_states=xl) for row in rows]
         # SDXL takes both encoders' last layer but one (arXiv:2307.01952, section 2.1).
         hidden_states.append(torch.cat([out.hidden_states[-2] if xl else out[0] for out in outputs]).float())
@@ -1241,12 +1256,16 @@ def encode_prompts(models, prompts):
 def encode_batch(models, batch):
     """Returns a batch's latents (bsz, 4, h, w), embeddings (bsz, tokens, dim) and what SDXL reads beside them."""
     if "mean" not in batch:
-        batch = batch | encode_pixels(models.vae, batch["pixel_values"])
+        batch = batch | encode_pixels(models, batch["pixel_values"])
     if "encoder_hidden_states" not in batch:
-        batch = batch | encode_prompts(models, batch["caption"])
+        batch = batch | encode_prompts(models, batch["input_ids"], batch["caption"])
     # Every step draws anew from the posterior, also where its mean and std are cached.
     latents = (batch["mean"] + batch["std"] * batch["posterior_noise"]) * models.vae.config.scaling_factor
-    return latents, batch["encoder_hidden_states"], {name: batch.get(name) for name in ("text_embeds", "time_ids")}
+    encoder_hidden_states, device = batch["encoder_hidden_states"], latents.device.type
+    if torch.is_autocast_enabled(device) and not encoder_hidden_states.requires_grad:
+        # Once, as autocast would in each of the UNet's layers.
+        encoder_hidden_states = encoder_hidden_states.to(torch.get_autocast_dtype(device))
+    return latents, encoder_hidden_states, {name: batch.get(name) for name in ("text_embeds", "time_ids")}
 
 
 # The cache of what they make
@@ -1260,24 +1279,33 @@ def fill_cache(run, models, visits):
     frozen = [model for model in (*models.text_encoders, models.vae) if model not in models.trained]
     for model in frozen:
         model.to(run.accelerator.device, memory_format=torch.channels_last)
+    for samples, *_ in visits:
+        samples.tokenizers = models.tokenizers
     if run.args.no_encoding_cache:
         run.accelerator.print("cache      off")
         return
-    jobs, models.idle, setting = {}, frozen, encoder_setting(run)
+    models.idle, setting, jobs, files, once = frozen, encoder_setting(run), {}, set(), []
     for samples, keys, count in visits:
-        crops, captions, worth_keeping = plan_cache(run, samples, keys, count, models.text_encoders[0] in frozen)
-        if not worth_keeping:
-            crops = set()
-            models.idle = [model for model in frozen if model is not models.vae]
-        for crop in crops:
+        crops, captions = plan_cache(run, samples, keys, count, models.text_encoders[0] in frozen)
+        if crops is None:
+            models.idle = [model for model in models.idle if model is not models.vae]
+            once.append("latents")
+        if captions is None:
+            models.idle = [model for model in models.idle if model not in models.text_encoders]
+            once.append("embeddings")
+        for crop in crops or ():
             file = samples.cached_latents[crop] = latents_file(run, models, setting, samples, crop)
-            jobs[file] = (encode_crop, models, samples, crop)
-        for caption in captions:
+            upright = crop._replace(flip=False)  # for both, the picture is decoded once
+            first = latents_file(run, models, setting, samples, upright)
+            jobs.setdefault(first, (encode_pixels, crop_inputs, samples, upright, {}))[-1][crop.flip] = file
+            files.add(file)
+        for caption in captions or ():
             file = samples.cached_embeddings[caption] = embeddings_file(run, models, setting, caption)
-            jobs[file] = (encode_prompts, models, [caption])
-    fill_entries(run, jobs)
-    size = sum(file.stat().st_size for file in jobs) / 2**30
-    why = "" if models.vae in models.idle else "; latents are not cached, as the run meets most crops just once"
+            jobs[file] = (encode_prompts, caption_inputs, samples, caption, file)
+            files.add(file)
+    fill_entries(run, models, [jobs[file] for file in sorted(jobs)])
+    size = sum(file.stat().st_size for file in files) / 2**30
+    why = f"; {' and '.join(once)} are not cached, as the run meets most just once" if once else ""
     run.accelerator.print(f"cache      {size:.3f} GiB in {cache_folder(run.args)}{why}")
     for model in models.idle:
         model.to("cpu")
@@ -1285,7 +1313,7 @@ def fill_cache(run, models, visits):
 
 
 def plan_cache(run, samples, keys, count, frozen_text):
-    """Returns the crops and captions that some keys will meet, and whether the crops' latents are worth keeping.
+    """Returns the crops and the captions that some keys will meet, or None for what is not worth keeping.
 
     It ends as soon as no further key can change the answer: a longer run takes neither more time nor more memory.
     """
@@ -1299,27 +1327,31 @@ def plan_cache(run, samples, keys, count, frozen_text):
         number_of_crops = sum((crop.width - side + 1) * (crop.height - side + 1) for crop in sizes)
     number_of_crops *= 2 if args.random_flip else 1
     # An entry that is met less than twice, on average, costs more than it spares, unless the next run meets it again.
-    most = max(count // 2, SMALL_SET) if args.center_crop else min(count // 2, LARGE_SET)
+    most_captions = max(count // 2, SMALL_SET)
+    most_crops = max(count // 2, SMALL_SET) if args.center_crop else min(count // 2, LARGE_SET)
 
     crops, captions = set(), set()
     for key in tqdm(keys, "planning", count, delay=5, disable=not run.accelerator.is_main_process):
-        crops_are_known = len(crops) == number_of_crops or len(crops) > most
+        crops_are_known = len(crops) == number_of_crops or len(crops) > most_crops
+        captions_are_known = len(captions) == len(all_captions) or len(captions) > most_captions
+        if run.stop.signum or (crops_are_known and captions_are_known):
+            break
         if not crops_are_known:
             crops.add(samples.choose_crop(key))
-        if frozen_text:
+        if not captions_are_known:
             captions.add(choose_caption(samples, key))
-        if run.stop.signum or (crops_are_known and len(captions) == len(all_captions)):
-            break
     run.stop.exit_if_asked()
-    return crops, captions, len(crops) <= most
+    return crops if len(crops) <= most_crops else None, captions if len(captions) <= most_captions else None
 
 
 def encoder_setting(run):
     """Lists what the bits of all cache entries depend on, apart from the encoder and its input."""
     device = run.accelerator.device.type
-    threads_or_tf32 = torch.get_num_threads() if device == "cpu" else run.args.allow_tf32
+    kernels = [torch.get_num_threads()] if device == "cpu" else [run.args.allow_tf32, run.args.deterministic]
+    if device == "cuda":
+        kernels.append(torch.cuda.get_device_name())
     libraries = [version(library) for library in ("torch", "diffusers", "transformers", "Pillow")]
-    return (run.accelerator.mixed_precision, device, threads_or_tf32, *libraries)
+    return (run.accelerator.mixed_precision, device, *kernels, *libraries)
 
 
 def latents_file(run, models, setting, samples, crop):
@@ -1331,14 +1363,9 @@ def latents_file(run, models, setting, samples, crop):
 
 def embeddings_file(run, models, setting, caption):
     """Names the cache entry of a caption, by all that its bits depend on."""
-    ids = [tokenizer(caption, **PADDED).input_ids for tokenizer in models.tokenizers]
-    name = digest(*setting, models.text_digest, ids)
+    ids = tokenize(models.tokenizers, caption)
+    name = digest(*setting, models.text_digest, ids.tolist())
     return cache_folder(run.args) / "prompts" / name
-
-
-def encode_crop(models, samples, crop):
-    """Returns "mean" and "std" of a crop's latents, each (1, 4, h, w)."""
-    return encode_pixels(models.vae, samples.pixels(crop)[None].to(models.vae.device))
 
 
 def tensors_checksum(tensors):
@@ -1360,27 +1387,66 @@ def entry_is_whole(file):
         return False
 
 
+def crop_inputs(samples, crop, files):
+    """Returns by file what encode_pixels takes for the entries of a crop, and of it mirrored, that are to be made."""
+    missing = {flip: file for flip, file in files.items() if not entry_is_whole(file)}
+    pixels = samples.pixels(crop)[None] if missing else None
+    pixels = pixels.pin_memory() if missing and torch.cuda.is_available() else pixels
+    return {file: (pixels.flip(-1) if flip else pixels,) for flip, file in missing.items()}
+
+
+def caption_inputs(samples, caption, file):
+    """Returns by file what encode_prompts takes for the entry of a caption, if it is to be made."""
+    return {} if entry_is_whole(file) else {file: (tokenize(samples.tokenizers, caption)[None], [caption])}
+
+
+def prepare_ahead(threads, jobs, ahead):
+    """Yields jobs' encoders, and inputs by file, in the jobs' order; threads make some of the inputs ahead."""
+    started = collections.deque()
+    for encode, prepare, *arguments in jobs:
+        started.append((encode, threads.submit(prepare, *arguments)))
+        if len(started) > ahead:
+            encode, inputs = started.popleft()
+            yield encode, inputs.result()
+    for encode, inputs in started:
+        yield encode, inputs.result()
+
+
+def write_entry(file, tensors):
+    """Writes a cache entry."""
+    tensors = {name: tensor[0].cpu().contiguous() for name, tensor in tensors.items()}
+    replace_file(file, save(tensors, {"crc32": tensors_checksum(tensors)}))
+
+
 @torch.no_grad()
-def fill_entry(file, encode, *inputs):
-    """Computes a cache entry, unless it is there and whole."""
-    if not entry_is_whole(file):
-        tensors = {name: tensor[0].cpu().contiguous() for name, tensor in encode(*inputs).items()}
-        replace_file(file, save(tensors, {"crc32": tensors_checksum(tensors)}))
+def encode_some(run, models, prepared, writer):
+    """Encodes what a few jobs are about, and has a thread write the entries."""
+    written = []
+    for encode, inputs in prepared:
+        written += [writer.submit(write_entry, file, encode(models, *given)) for file, given in inputs.items()]
+        if run.stop.signum:
+            break
+    for entry in written:
+        entry.result()
 
 
-def fill_entries(run, jobs):
-    """Fills the cache entries of some jobs, by file what to encode; ranks take turns, one each."""
-    files, folder = sorted(jobs), cache_folder(run.args)
+def fill_entries(run, models, jobs):
+    """Fills the cache entries of some jobs; ranks take turns. A job: what encodes, what makes inputs by file, and how.
+
+    The encoder need not wait: threads read, decode and resize ahead of it, and one writes behind it.
+    """
     # Machines need not share a disk, so each fills its own.
     hosts = gather_object([socket.gethostname()])
     ranks_here = min(map(hosts.count, hosts))
     place = hosts[: run.accelerator.process_index].count(socket.gethostname())
-    turns = range(0, len(files), ranks_here)
-    with run.accelerator.autocast():
-        for first in tqdm(turns, "caching", disable=not run.accelerator.is_main_process):
-            mine = first + place
-            job = (files[mine], *jobs[files[mine]]) if mine < len(files) else ()
-            together(fill_entry, *job, on=bool(job), folder=folder)
+    workers = max(1, min(8, os.cpu_count() // ranks_here))
+    several = 16  # of this rank, before it hears of the others
+    turns = range(0, len(jobs), several * ranks_here)
+    with ThreadPoolExecutor(workers) as readers, ThreadPoolExecutor(1) as writer, autocast(run):
+        prepared = prepare_ahead(readers, jobs[place::ranks_here], 2 * workers)
+        for _ in tqdm(turns, "caching", disable=not run.accelerator.is_main_process):
+            some = itertools.islice(prepared, several)
+            together(encode_some, run, models, some, writer, on=True, folder=cache_folder(run.args))
             run.stop.exit_if_asked()
 
 
@@ -1442,6 +1508,7 @@ def fill_entries(run, jobs):
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
 VALIDATION_DRAWS = 4  # noises and timesteps for each held-out picture
+MOST_SKIPPED = 50  # steps in a row that fp16 may skip: from its first scale, 2^16, it needs no more than 16
 STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"} & {*dir(signal)}
 # What a run that is killed may have been writing: a checkpoint, or a file that replace_file was to put in place.
 WHOLE = r"README\.md|train_args\.yaml|state\.json|metrics\.jsonl|step-\d+\.png|[\w-]+\.safetensors"
@@ -1465,8 +1532,10 @@ def train(run, models, data, optimizer, lr_scheduler):
     )
     for model in models.trained:
         model.train()
+    if accelerator.scaler is not None:
+        run.loss_scale = accelerator.scaler.get_scale()
     unread = []  # finished steps whose numbers are still on the device
-    last_time = time.perf_counter()
+    started = last_time = time.perf_counter()
     for step in range(run.global_step, run.max_train_steps):
         losses = collections.defaultdict(float)
         for micro_step in range(args.gradient_accumulation_steps):
@@ -1474,7 +1543,7 @@ def train(run, models, data, optimizer, lr_scheduler):
             torch.manual_seed(int(digest(run.seed, step, micro_step, accelerator.process_index)[:8], 16))
             batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
             with accelerator.accumulate(*models.trained):
-                with accelerator.autocast():
+                with autocast(run):
                     micro_losses = compute_loss(models, batch, args)
                 accelerator.backward(micro_losses["loss"])
                 for name, loss in micro_losses.items():
@@ -1485,7 +1554,7 @@ def train(run, models, data, optimizer, lr_scheduler):
                 optimizer.zero_grad()
         run.global_step = step + 1
         row = {"step": run.global_step, "lr": lr_scheduler.get_last_lr()[0]}
-        skipped = accelerator.optimizer_step_was_skipped  # after an overflow that the scaler of fp16 handles
+        skipped = step_was_skipped(run)
         if not skipped:
             run.optimizer_steps += 1
             lr_scheduler.step()
@@ -1520,6 +1589,9 @@ def train(run, models, data, optimizer, lr_scheduler):
         if save_now or validate_now:
             last_time = time.perf_counter()
     progress_bar.close()
+    share = run.checkpoint_seconds / (time.perf_counter() - started)
+    if share > 0.1:
+        accelerator.print(f"Checkpoints took {share:.0%} of the time: a higher --checkpointing_steps takes less.")
 
 
 def execute(args, accelerator, stop, lock):
@@ -1599,6 +1671,10 @@ class Run:
     steps_per_epoch: int = 0
     max_train_steps: int = 0
     validation_steps: int = 0
+    # What the steps of this process came to.
+    loss_scale: float = 0.0  # of fp16
+    skipped_in_a_row: int = 0
+    checkpoint_seconds: float = 0.0
 
     def settings(self):
         """Returns the flags as given, and what the run made of those that left it open."""
@@ -1671,6 +1747,7 @@ class Samples(torch.utils.data.Dataset):
         self.sample_shape, self.num_train_timesteps = sample_shape, num_train_timesteps
         self.cached_latents = {}  # files by crop, filled by fill_cache
         self.cached_embeddings = {}  # files by caption
+        self.tokenizers = ()
 
     def __len__(self):
         return len(self.records)
@@ -1714,6 +1791,9 @@ def load_batches(run, data):
     """Yields this rank's batches of the steps that are left: its slice of a step's keys for each micro-step."""
     rank, world_size = run.accelerator.process_index, run.accelerator.num_processes
     steps, micro_steps = range(run.global_step, run.max_train_steps), run.args.gradient_accumulation_steps
+    on_gpu, num_workers = run.accelerator.device.type == "cuda", run.args.dataloader_num_workers
+    if num_workers is None:
+        num_workers = min(8, os.cpu_count() // torch.cuda.device_count()) if on_gpu else 0
 
     def batch_keys():
         for step in steps:
@@ -1727,8 +1807,8 @@ def load_batches(run, data):
         torch.utils.data.DataLoader(
             data.samples,
             batch_sampler=batch_keys(),
-            pin_memory=run.accelerator.device.type == "cuda",
-            num_workers=run.args.dataloader_num_workers,
+            pin_memory=on_gpu,
+            num_workers=num_workers,
             worker_init_fn=ignore_signals,
         )
     )
@@ -1939,7 +2019,32 @@ def replace_file(path, data):
         beside.unlink(missing_ok=True)
 
 
-# What the losses of all methods have in common
+# What the steps of all methods have in common
+
+
+def autocast(run):
+    """The precision that models run in: under DeepSpeed, too, where accelerate's own context does nothing."""
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(run.accelerator.mixed_precision)
+    return torch.autocast(run.accelerator.device.type, dtype, enabled=dtype is not None)
+
+
+def step_was_skipped(run):
+    """Tells whether the scaler of fp16 left out the step just taken, as gradients overflowed; ends endless skipping.
+
+    Its scale says so, which falls then and at no other time.
+    """
+    if run.accelerator.scaler is None:
+        skipped = run.accelerator.optimizer_step_was_skipped  # DeepSpeed has a scaler of its own
+    else:
+        before, run.loss_scale = run.loss_scale, run.accelerator.scaler.get_scale()
+        skipped = run.loss_scale < before
+    run.skipped_in_a_row = run.skipped_in_a_row + 1 if skipped else 0
+    if run.skipped_in_a_row == MOST_SKIPPED:
+        raise SystemExit(
+            f"The gradients of {MOST_SKIPPED} steps in a row were not finite in fp16, so the run stops at step "
+            f"{run.global_step}; earlier checkpoints are good. Take --mixed_precision bf16 or no."
+        )
+    return skipped
 
 
 def prediction_target(noise_scheduler, clean, noise, timesteps):
@@ -1966,12 +2071,31 @@ def snr_weights(noise_scheduler, timesteps, snr_gamma):
 # The average of the weights
 
 
+def prepare_average(run, models):
+    """Brings the average, if there is one, to its device, in the weights' layout, without which it would be slow."""
+    if models.ema_unet is not None:
+        device = torch.device("cpu") if run.args.offload_ema else run.accelerator.device
+        pinned = device.type == "cpu" and run.accelerator.device.type == "cuda"
+        models.ema_unet.shadow_params = [
+            torch.empty_like(weight, device=device, pin_memory=pinned, requires_grad=False).copy_(shadow)
+            for weight, shadow in zip(models.params_to_optimize, models.ema_unet.shadow_params)
+        ]
+
+
+@torch.no_grad()
 def update_average(run, models):
     """Moves the average of the weights, if there is one, towards them after an optimizer step."""
-    if models.ema_unet is not None:
-        models.ema_unet.to(run.accelerator.device)
-        models.ema_unet.step(models.params_to_optimize)
-        models.ema_unet.to("cpu" if run.args.offload_ema else run.accelerator.device)
+    average = models.ema_unet
+    if average is None:
+        return
+    average.optimization_step += 1
+    share = 1 - average.get_decay(average.optimization_step)
+    if not run.args.offload_ema:  # EMAModel.step would take a copy of all weights, or a kernel for each of them
+        torch._foreach_lerp_(average.shadow_params, models.params_to_optimize, share)
+        return
+    for shadow, weight in zip(average.shadow_params, models.params_to_optimize):
+        moved = shadow.to(weight.device, non_blocking=True).lerp_(weight, share)
+        shadow.copy_(moved, non_blocking=shadow.is_pinned())  # whoever reads it has read the step's numbers before
 
 
 @contextlib.contextmanager
@@ -2016,7 +2140,7 @@ def validate(run, models, data):
     """Logs the held-out loss and a row of pictures; ranks take turns at both."""
     for model in (*models.idle, *models.trained):
         model.to(run.accelerator.device).eval()
-    with averaged_weights(models), run.accelerator.autocast():
+    with averaged_weights(models), autocast(run):
         losses = held_out_losses(run, models, data.held_out)
         images = validation_pictures(run, models)
     for model in models.trained:
@@ -2070,11 +2194,12 @@ def log_row(run, row):
         logs.mkdir(exist_ok=True, parents=True)  # someone may have tidied up
         with open(logs / "metrics.jsonl", "a") as metrics:
             metrics.write(json.dumps(row) + "\n")
-    run.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+    values = {name: value for name, value in row.items() if name != "step" and value is not None}
+    run.accelerator.log(values, step=row["step"])
 
 
 class FinishedStep:
-    """What is logged of a step. Its numbers, means over the ranks, stay on the device until they are read."""
+    """What is logged of a step. Its numbers, means over the ranks, are on their way from the device until read."""
 
     def __init__(self, run, row, keys, losses, grad_norm, skipped):
         self.row, self.keys = row, keys
@@ -2083,10 +2208,16 @@ class FinishedStep:
         # Filled on the device: a number copied to it would make it wait.
         flags = [torch.full_like(loss, float(flag)) for flag in (skipped, run.stop.signum > 0)]
         numbers = torch.stack([*losses.values(), torch.as_tensor(grad_norm).to(loss), *flags])
-        self.numbers = run.accelerator.reduce(numbers, "mean")
+        numbers = run.accelerator.reduce(numbers, "mean")
+        on_gpu = numbers.is_cuda
+        self.numbers = torch.empty_like(numbers, device="cpu", pin_memory=on_gpu).copy_(numbers, non_blocking=on_gpu)
+        # Behind the copy: to wait for it is not to wait for the next step, which the device has been given since.
+        self.arrived = torch.cuda.current_stream().record_event() if on_gpu else None
 
     def read(self):
         """Waits for the numbers; returns them by their names."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
         return dict(zip(self.names, self.numbers.tolist()))
 
 
@@ -2108,7 +2239,8 @@ def log_steps(run, data, progress_bar, unread, keep):
                 f"Step {row['step']} has loss {row['loss']} and gradient norm {row['grad_norm']}, so the run "
                 f"stops; earlier checkpoints are good. Lower the learning rate, or look at its pictures:\n  {files}"
             )
-        log_row(run, row)
+        # Of a step that was skipped, some are not finite, and JSON has no word for these.
+        log_row(run, {name: value if math.isfinite(value) else None for name, value in row.items()})
         progress_bar.update()
         progress_bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_second']:.1f} images/s")
     return asked_to_stop
@@ -2316,6 +2448,7 @@ def seal_checkpoint(folder, target, limit):
 def save_checkpoint(run, models):
     """Writes checkpoint-<global_step> beside its place and renames it, so that it is whole or not there."""
     output_dir, main_process = run.args.output_dir, run.accelerator.is_main_process
+    started = time.perf_counter()
     check_weights(run, models)
     target = Path(output_dir, f"checkpoint-{run.global_step}")
     folder = Path(output_dir, f".checkpoint-{run.global_step}.tmp")
@@ -2327,6 +2460,9 @@ def save_checkpoint(run, models):
     finally:
         if main_process:
             shutil.rmtree(folder, ignore_errors=True)
+    seconds = time.perf_counter() - started
+    run.checkpoint_seconds += seconds
+    log_row(run, {"step": run.global_step, "checkpoint_seconds": seconds})
 
 
 def check_folder(args):
@@ -2531,7 +2667,7 @@ def write_model_card(run, models, repo_id):
     metrics = Path(args.output_dir, args.logging_dir, "metrics.jsonl")
     lines = metrics.read_text().splitlines() if metrics.exists() else []  # someone may have tidied up
     rows = [json.loads(line) for line in lines]
-    losses = [row["loss"] for row in rows if "loss" in row]
+    losses = [row["loss"] for row in rows if row.get("loss") is not None]
     base, data = name_without_path(given), name_without_path(vars(args).get("dataset_name"))
     header = ModelCardData(base_model=base, datasets=data, library_name="diffusers", **CARD)
     shown_base = base or (Path(given).resolve().name if given else "A new model")
@@ -2596,6 +2732,10 @@ def make_accelerator(args):
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision not in ("no", "fp16", "bf16"):
         raise SystemExit(f"The launcher's precision {precision} is not supported: give --mixed_precision bf16 or no.")
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of which the matrix products have to know
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)  # an attention that has no such kernel
     try:
         accelerator = Accelerator(
             # A number would give way to ACCELERATE_GRADIENT_ACCUMULATION_STEPS.
@@ -2603,10 +2743,19 @@ def make_accelerator(args):
             mixed_precision=precision,
             log_with=None if args.report_to == "none" else args.report_to,
             project_dir=Path(args.output_dir, args.logging_dir),
-            # Otherwise DDP sorts its buckets anew after a first step, and a resumed run adds up in another order.
-            # Buffers, which are constants, would be sent at every forward pass, of which ranks take unlike numbers in
-            # a validation.
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(
+                    # Otherwise DDP sorts its buckets anew after a first step, and a resumed run adds up in another
+                    # order.
+                    find_unused_parameters=True,
+                    # They are constants, and would be sent at every forward pass, of which ranks take unlike numbers
+                    # in a validation.
+                    broadcast_buffers=False,
+                    gradient_as_bucket_view=True,  # else each gradient would be there twice
+                ),
+                # The others wait while one writes a checkpoint, uploads, or has more to draw.
+                InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12)),
+            ],
         )
     except (ImportError, ValueError) as error:
         raise SystemExit(f"The launcher's settings, or variables like them, cannot be used: {error}")
@@ -2661,9 +2810,7 @@ def make_optimizer(run, groups):
         import bitsandbytes  # not every machine can install it
 
         return bitsandbytes.optim.AdamW8bit(groups, lr, betas=betas, eps=eps, weight_decay=weight_decay)
-    # A fused step hides from accelerate that the scaler of fp16 skipped it.
-    fused = accelerator.scaler is None
-    return torch.optim.AdamW(groups, lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
+    return torch.optim.AdamW(groups, lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
 
 def make_lr_scheduler(run, optimizer):

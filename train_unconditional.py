@@ -32,6 +32,7 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import difflib
 import functools
 import glob
@@ -81,7 +82,6 @@ NEEDS = {
     "ema_inv_gamma": "use_ema",
     "ema_power": "use_ema",
     "ema_max_decay": "use_ema",
-    "foreach_ema": "use_ema",
     "offload_ema": "use_ema",
 }
 
@@ -102,7 +102,7 @@ def add_flags(parser):
     add("--ema_inv_gamma", type=positive_float, default=1.0, help=decay)
     add("--ema_power", type=non_negative, default=0.75, help="power p of that decay")
     add("--ema_max_decay", type=fraction, default=0.9999, help="the most that decay grows to")
-    add("--foreach_ema", **switch, help="update the average in one call: faster, more memory")
+    add("--foreach_ema", **switch, help="accepted: the average is always updated in one call")
     add("--offload_ema", **switch, help="keep the average in CPU memory between steps")
 
     add = parser.add_argument_group("noise").add_argument
@@ -338,7 +338,8 @@ def add_common_flags(parser):
     cache = "where checks, latents and embeddings are kept (~/.cache/diffusion-training)"
     add("--encoding_cache_dir", type=path_name, help=cache)
     add("--no_encoding_cache", **switch, help="keep none of them, and run the frozen models in every step")
-    add("--dataloader_num_workers", type=natural_int, default=0, help="processes that load pictures")
+    workers = "processes that load pictures (default: up to 8 on a GPU, none on a CPU)"
+    add("--dataloader_num_workers", type=natural_int, help=workers)
 
     add = parser.add_argument_group("training").add_argument
     add("--output_dir", type=path_name, help="folder for the result, samples, logs and checkpoints")
@@ -351,6 +352,7 @@ def add_common_flags(parser):
     add("--gradient_checkpointing", **switch, help="recompute activations: less memory, slower")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: as the launcher is configured")
     add("--allow_tf32", **switch, help="TF32 matrix products on Ampere GPUs and later")
+    add("--deterministic", **switch, help="kernels that give the same bits each time, for an exact resume on a GPU")
     add("--enable_xformers_memory_efficient_attention", **switch, help="xformers' attention instead of PyTorch's")
 
     add = parser.add_argument_group("optimizer").add_argument
@@ -598,6 +600,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DynamoBackend,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
     gather_object,
     parse_flag_from_env,
     send_to_device,
@@ -684,7 +687,6 @@ def load_models(run):
             use_ema_warmup=True,
             inv_gamma=args.ema_inv_gamma,
             power=args.ema_power,
-            foreach=args.foreach_ema,
             model_cls=UNet2DModel,
             model_config=unet.config,
         )
@@ -787,8 +789,7 @@ def fill_cache(run, models, visits):
 def prepare_training(run, models):
     """Brings the UNet, its average and a new optimizer to the device; returns the optimizer."""
     prepare_unet(run, models.unet)
-    if models.ema_unet is not None and not run.args.offload_ema:
-        models.ema_unet.to(run.accelerator.device)
+    prepare_average(run, models)
     groups = [{"params": models.params_to_optimize, "lr": run.args.learning_rate}]
     models.unet, optimizer = run.accelerator.prepare(models.unet, make_optimizer(run, groups))
     models.trained = [models.unet]  # as accelerate wrapped it
@@ -918,6 +919,7 @@ def loading_code(run, models, name):
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
 VALIDATION_DRAWS = 4  # noises and timesteps for each held-out picture
+MOST_SKIPPED = 50  # steps in a row that fp16 may skip: from its first scale, 2^16, it needs no more than 16
 STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"} & {*dir(signal)}
 # What a run that is killed may have been writing: a checkpoint, or a file that replace_file was to put in place.
 WHOLE = r"README\.md|train_args\.yaml|state\.json|metrics\.jsonl|step-\d+\.png|[\w-]+\.safetensors"
@@ -941,8 +943,10 @@ def train(run, models, data, optimizer, lr_scheduler):
     )
     for model in models.trained:
         model.train()
+    if accelerator.scaler is not None:
+        run.loss_scale = accelerator.scaler.get_scale()
     unread = []  # finished steps whose numbers are still on the device
-    last_time = time.perf_counter()
+    started = last_time = time.perf_counter()
     for step in range(run.global_step, run.max_train_steps):
         losses = collections.defaultdict(float)
         for micro_step in range(args.gradient_accumulation_steps):
@@ -950,7 +954,7 @@ def train(run, models, data, optimizer, lr_scheduler):
             torch.manual_seed(int(digest(run.seed, step, micro_step, accelerator.process_index)[:8], 16))
             batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
             with accelerator.accumulate(*models.trained):
-                with accelerator.autocast():
+                with autocast(run):
                     micro_losses = compute_loss(models, batch, args)
                 accelerator.backward(micro_losses["loss"])
                 for name, loss in micro_losses.items():
@@ -961,7 +965,7 @@ def train(run, models, data, optimizer, lr_scheduler):
                 optimizer.zero_grad()
         run.global_step = step + 1
         row = {"step": run.global_step, "lr": lr_scheduler.get_last_lr()[0]}
-        skipped = accelerator.optimizer_step_was_skipped  # after an overflow that the scaler of fp16 handles
+        skipped = step_was_skipped(run)
         if not skipped:
             run.optimizer_steps += 1
             lr_scheduler.step()
@@ -996,6 +1000,9 @@ def train(run, models, data, optimizer, lr_scheduler):
         if save_now or validate_now:
             last_time = time.perf_counter()
     progress_bar.close()
+    share = run.checkpoint_seconds / (time.perf_counter() - started)
+    if share > 0.1:
+        accelerator.print(f"Checkpoints took {share:.0%} of the time: a higher --checkpointing_steps takes less.")
 
 
 def execute(args, accelerator, stop, lock):
@@ -1075,6 +1082,10 @@ class Run:
     steps_per_epoch: int = 0
     max_train_steps: int = 0
     validation_steps: int = 0
+    # What the steps of this process came to.
+    loss_scale: float = 0.0  # of fp16
+    skipped_in_a_row: int = 0
+    checkpoint_seconds: float = 0.0
 
     def settings(self):
         """Returns the flags as given, and what the run made of those that left it open."""
@@ -1147,6 +1158,7 @@ class Samples(torch.utils.data.Dataset):
         self.sample_shape, self.num_train_timesteps = sample_shape, num_train_timesteps
         self.cached_latents = {}  # files by crop, filled by fill_cache
         self.cached_embeddings = {}  # files by caption
+        self.tokenizers = ()
 
     def __len__(self):
         return len(self.records)
@@ -1190,6 +1202,9 @@ def load_batches(run, data):
     """Yields this rank's batches of the steps that are left: its slice of a step's keys for each micro-step."""
     rank, world_size = run.accelerator.process_index, run.accelerator.num_processes
     steps, micro_steps = range(run.global_step, run.max_train_steps), run.args.gradient_accumulation_steps
+    on_gpu, num_workers = run.accelerator.device.type == "cuda", run.args.dataloader_num_workers
+    if num_workers is None:
+        num_workers = min(8, os.cpu_count() // torch.cuda.device_count()) if on_gpu else 0
 
     def batch_keys():
         for step in steps:
@@ -1203,8 +1218,8 @@ def load_batches(run, data):
         torch.utils.data.DataLoader(
             data.samples,
             batch_sampler=batch_keys(),
-            pin_memory=run.accelerator.device.type == "cuda",
-            num_workers=run.args.dataloader_num_workers,
+            pin_memory=on_gpu,
+            num_workers=num_workers,
             worker_init_fn=ignore_signals,
         )
     )
@@ -1415,7 +1430,32 @@ def replace_file(path, data):
         beside.unlink(missing_ok=True)
 
 
-# What the losses of all methods have in common
+# What the steps of all methods have in common
+
+
+def autocast(run):
+    """The precision that models run in: under DeepSpeed, too, where accelerate's own context does nothing."""
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(run.accelerator.mixed_precision)
+    return torch.autocast(run.accelerator.device.type, dtype, enabled=dtype is not None)
+
+
+def step_was_skipped(run):
+    """Tells whether the scaler of fp16 left out the step just taken, as gradients overflowed; ends endless skipping.
+
+    Its scale says so, which falls then and at no other time.
+    """
+    if run.accelerator.scaler is None:
+        skipped = run.accelerator.optimizer_step_was_skipped  # DeepSpeed has a scaler of its own
+    else:
+        before, run.loss_scale = run.loss_scale, run.accelerator.scaler.get_scale()
+        skipped = run.loss_scale < before
+    run.skipped_in_a_row = run.skipped_in_a_row + 1 if skipped else 0
+    if run.skipped_in_a_row == MOST_SKIPPED:
+        raise SystemExit(
+            f"The gradients of {MOST_SKIPPED} steps in a row were not finite in fp16, so the run stops at step "
+            f"{run.global_step}; earlier checkpoints are good. Take --mixed_precision bf16 or no."
+        )
+    return skipped
 
 
 def prediction_target(noise_scheduler, clean, noise, timesteps):
@@ -1442,12 +1482,31 @@ def snr_weights(noise_scheduler, timesteps, snr_gamma):
 # The average of the weights
 
 
+def prepare_average(run, models):
+    """Brings the average, if there is one, to its device, in the weights' layout, without which it would be slow."""
+    if models.ema_unet is not None:
+        device = torch.device("cpu") if run.args.offload_ema else run.accelerator.device
+        pinned = device.type == "cpu" and run.accelerator.device.type == "cuda"
+        models.ema_unet.shadow_params = [
+            torch.empty_like(weight, device=device, pin_memory=pinned, requires_grad=False).copy_(shadow)
+            for weight, shadow in zip(models.params_to_optimize, models.ema_unet.shadow_params)
+        ]
+
+
+@torch.no_grad()
 def update_average(run, models):
     """Moves the average of the weights, if there is one, towards them after an optimizer step."""
-    if models.ema_unet is not None:
-        models.ema_unet.to(run.accelerator.device)
-        models.ema_unet.step(models.params_to_optimize)
-        models.ema_unet.to("cpu" if run.args.offload_ema else run.accelerator.device)
+    average = models.ema_unet
+    if average is None:
+        return
+    average.optimization_step += 1
+    share = 1 - average.get_decay(average.optimization_step)
+    if not run.args.offload_ema:  # EMAModel.step would take a copy of all weights, or a kernel for each of them
+        torch._foreach_lerp_(average.shadow_params, models.params_to_optimize, share)
+        return
+    for shadow, weight in zip(average.shadow_params, models.params_to_optimize):
+        moved = shadow.to(weight.device, non_blocking=True).lerp_(weight, share)
+        shadow.copy_(moved, non_blocking=shadow.is_pinned())  # whoever reads it has read the step's numbers before
 
 
 @contextlib.contextmanager
@@ -1492,7 +1551,7 @@ def validate(run, models, data):
     """Logs the held-out loss and a row of pictures; ranks take turns at both."""
     for model in (*models.idle, *models.trained):
         model.to(run.accelerator.device).eval()
-    with averaged_weights(models), run.accelerator.autocast():
+    with averaged_weights(models), autocast(run):
         losses = held_out_losses(run, models, data.held_out)
         images = validation_pictures(run, models)
     for model in models.trained:
@@ -1546,11 +1605,12 @@ def log_row(run, row):
         logs.mkdir(exist_ok=True, parents=True)  # someone may have tidied up
         with open(logs / "metrics.jsonl", "a") as metrics:
             metrics.write(json.dumps(row) + "\n")
-    run.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+    values = {name: value for name, value in row.items() if name != "step" and value is not None}
+    run.accelerator.log(values, step=row["step"])
 
 
 class FinishedStep:
-    """What is logged of a step. Its numbers, means over the ranks, stay on the device until they are read."""
+    """What is logged of a step. Its numbers, means over the ranks, are on their way from the device until read."""
 
     def __init__(self, run, row, keys, losses, grad_norm, skipped):
         self.row, self.keys = row, keys
@@ -1559,10 +1619,16 @@ class FinishedStep:
         # Filled on the device: a number copied to it would make it wait.
         flags = [torch.full_like(loss, float(flag)) for flag in (skipped, run.stop.signum > 0)]
         numbers = torch.stack([*losses.values(), torch.as_tensor(grad_norm).to(loss), *flags])
-        self.numbers = run.accelerator.reduce(numbers, "mean")
+        numbers = run.accelerator.reduce(numbers, "mean")
+        on_gpu = numbers.is_cuda
+        self.numbers = torch.empty_like(numbers, device="cpu", pin_memory=on_gpu).copy_(numbers, non_blocking=on_gpu)
+        # Behind the copy: to wait for it is not to wait for the next step, which the device has been given since.
+        self.arrived = torch.cuda.current_stream().record_event() if on_gpu else None
 
     def read(self):
         """Waits for the numbers; returns them by their names."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
         return dict(zip(self.names, self.numbers.tolist()))
 
 
@@ -1584,7 +1650,8 @@ def log_steps(run, data, progress_bar, unread, keep):
                 f"Step {row['step']} has loss {row['loss']} and gradient norm {row['grad_norm']}, so the run "
                 f"stops; earlier checkpoints are good. Lower the learning rate, or look at its pictures:\n  {files}"
             )
-        log_row(run, row)
+        # Of a step that was skipped, some are not finite, and JSON has no word for these.
+        log_row(run, {name: value if math.isfinite(value) else None for name, value in row.items()})
         progress_bar.update()
         progress_bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_second']:.1f} images/s")
     return asked_to_stop
@@ -1792,6 +1859,7 @@ def seal_checkpoint(folder, target, limit):
 def save_checkpoint(run, models):
     """Writes checkpoint-<global_step> beside its place and renames it, so that it is whole or not there."""
     output_dir, main_process = run.args.output_dir, run.accelerator.is_main_process
+    started = time.perf_counter()
     check_weights(run, models)
     target = Path(output_dir, f"checkpoint-{run.global_step}")
     folder = Path(output_dir, f".checkpoint-{run.global_step}.tmp")
@@ -1803,6 +1871,9 @@ def save_checkpoint(run, models):
     finally:
         if main_process:
             shutil.rmtree(folder, ignore_errors=True)
+    seconds = time.perf_counter() - started
+    run.checkpoint_seconds += seconds
+    log_row(run, {"step": run.global_step, "checkpoint_seconds": seconds})
 
 
 def check_folder(args):
@@ -2007,7 +2078,7 @@ def write_model_card(run, models, repo_id):
     metrics = Path(args.output_dir, args.logging_dir, "metrics.jsonl")
     lines = metrics.read_text().splitlines() if metrics.exists() else []  # someone may have tidied up
     rows = [json.loads(line) for line in lines]
-    losses = [row["loss"] for row in rows if "loss" in row]
+    losses = [row["loss"] for row in rows if row.get("loss") is not None]
     base, data = name_without_path(given), name_without_path(vars(args).get("dataset_name"))
     header = ModelCardData(base_model=base, datasets=data, library_name="diffusers", **CARD)
     shown_base = base or (Path(given).resolve().name if given else "A new model")
@@ -2072,6 +2143,10 @@ def make_accelerator(args):
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision not in ("no", "fp16", "bf16"):
         raise SystemExit(f"The launcher's precision {precision} is not supported: give --mixed_precision bf16 or no.")
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of which the matrix products have to know
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)  # an attention that has no such kernel
     try:
         accelerator = Accelerator(
             # A number would give way to ACCELERATE_GRADIENT_ACCUMULATION_STEPS.
@@ -2079,10 +2154,19 @@ def make_accelerator(args):
             mixed_precision=precision,
             log_with=None if args.report_to == "none" else args.report_to,
             project_dir=Path(args.output_dir, args.logging_dir),
-            # Otherwise DDP sorts its buckets anew after a first step, and a resumed run adds up in another order.
-            # Buffers, which are constants, would be sent at every forward pass, of which ranks take unlike numbers in
-            # a validation.
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(
+                    # Otherwise DDP sorts its buckets anew after a first step, and a resumed run adds up in another
+                    # order.
+                    find_unused_parameters=True,
+                    # They are constants, and would be sent at every forward pass, of which ranks take unlike numbers
+                    # in a validation.
+                    broadcast_buffers=False,
+                    gradient_as_bucket_view=True,  # else each gradient would be there twice
+                ),
+                # The others wait while one writes a checkpoint, uploads, or has more to draw.
+                InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12)),
+            ],
         )
     except (ImportError, ValueError) as error:
         raise SystemExit(f"The launcher's settings, or variables like them, cannot be used: {error}")
@@ -2137,9 +2221,7 @@ def make_optimizer(run, groups):
         import bitsandbytes  # not every machine can install it
 
         return bitsandbytes.optim.AdamW8bit(groups, lr, betas=betas, eps=eps, weight_decay=weight_decay)
-    # A fused step hides from accelerate that the scaler of fp16 skipped it.
-    fused = accelerator.scaler is None
-    return torch.optim.AdamW(groups, lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
+    return torch.optim.AdamW(groups, lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
 
 def make_lr_scheduler(run, optimizer):

@@ -299,6 +299,12 @@ def load(base, *flags):
     return script.load_models(make_run(script, parse(base, "--pretrained_model_name_or_path", base, *flags)))
 
 
+def encode(script, models, prompts):
+    """The conditioning of some prompts."""
+    ids = [script.tokenize(models.tokenizers, prompt) for prompt in prompts]
+    return script.encode_prompts(models, torch.stack(ids), prompts)
+
+
 def samples_of(folder, *flags, seed=0, twice=False):
     """The samples of a folder's pictures, as a run makes them for a VAE that halves the resolution.
 

@@ -77,7 +77,8 @@ def test_every_flag_of_the_reference(name, monkeypatch):
 IDLE = {
     "train_dreambooth": {"pre_compute_text_embeddings", "set_grads_to_none"},
     "train_lora": {"pre_compute_text_embeddings"},
-    "train_unconditional": {"preserve_input_precision"},
+    "train_text_to_image": {"foreach_ema"},
+    "train_unconditional": {"foreach_ema", "preserve_input_precision"},
 }
 
 

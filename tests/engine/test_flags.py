@@ -47,6 +47,7 @@ FLAGS = {
     "gradient_checkpointing": SWITCH,
     "mixed_precision": ("no", "bf16"),
     "allow_tf32": SWITCH,
+    "deterministic": SWITCH,
     "enable_xformers_memory_efficient_attention": SWITCH,
     "learning_rate": (1e-5, 0.5),
     "scale_lr": SWITCH,

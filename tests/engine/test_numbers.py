@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import shutil
+import time
+import traceback
 
 import numpy as np
 import pytest
@@ -28,6 +31,7 @@ from safetensors.torch import load_file, save_file
 import train_text_to_image as script
 
 
+LATEST = ("--resume_from_checkpoint", "latest")
 PINNED = {"plain": [1.117903, 0.936722, 0.939690, 0.915768], "many": [0.127725, 0.278031, 0.207311, 0.312904]}
 
 
@@ -84,7 +88,7 @@ def test_the_loop_by_hand(train, tiny_model, monkeypatch):
     assert drift(out, out.with_name("hand"), tiny_model) < 1e-4
 
 
-@pytest.mark.parametrize("flags", [(), ("--foreach_ema",), ("--offload_ema",)], ids=["plain", "foreach", "offload"])
+@pytest.mark.parametrize("flags", [(), ("--offload_ema",)], ids=["plain", "offload"])
 def test_ema_follows_its_formula(train, tiny_model, flags):
     """The average after step t has moved to the weights by 1 - (1 + t) / (10 + t), and is what the pipeline gets."""
     out = train("out", "--use_ema", "--checkpointing_steps", 1, "--max_train_steps", 5, *flags)
@@ -259,15 +263,135 @@ def test_precision_of_the_launcher_in_capitals(train, monkeypatch, capsys):
     assert "precision bf16" in capsys.readouterr().out
 
 
-def test_fp16_takes_no_fused_step(tiny_model, pictures, tmp_path):
-    """A fused AdamW skips an overflow by itself, which accelerate cannot see, so under a scaler it is not fused."""
+@pytest.fixture
+def scaled(monkeypatch):
+    """scaled(**settings) has runs train in fp16 on the CPU, with a scaler of such settings."""
+    make_accelerator = script.make_accelerator
+
+    def of(**settings):
+        def make(args):
+            accelerator = make_accelerator(args)
+            accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+            accelerator.scaler = torch.amp.GradScaler("cpu", **settings)
+            return accelerator
+
+        monkeypatch.setattr(script, "make_accelerator", make)
+
+    return of
+
+
+def test_steps_that_overflow_are_skipped(train, scaled, tiny_model):
+    """A step that the scaler skips moves nothing and counts for nothing; metrics, card and resuming hold."""
+    scaled(init_scale=2.0**24)
+    flags = ("--use_ema", "--lr_scheduler", "linear", "--max_train_steps", 10, "--checkpointing_steps", 1)
+    out = train("out", *flags)
+    norms = [norm for _, norm in metrics(out, "grad_norm")]
+    skipped = norms.count(None)
+    assert 0 < skipped < 8 and None not in norms[skipped:]
+    base, average = weights(tiny_model / "unet"), weights(out / f"checkpoint-{skipped}" / "unet_ema")
+    assert same(weights(out / f"checkpoint-{skipped}" / "unet"), base) and same(average, base)
+    assert not same(weights(out / f"checkpoint-{skipped + 1}" / "unet"), base)
+    rates = [rate for _, rate in metrics(out, "lr")]
+    assert rates[: skipped + 1] == [1e-3] * (skipped + 1) and rates[skipped + 1] < 1e-3
+    assert json.loads((out / "checkpoint-10" / "state.json").read_text())["optimizer_steps"] == 10 - skipped
+    assert "10 steps. Loss from" in (out / "README.md").read_text()
+    for step in (skipped - 1, skipped + 1):
+        folder = out.with_name(f"resumed-{step}")
+        shutil.copytree(out / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+        assert same(weights(train(folder.name, *flags, *LATEST) / "unet"), weights(out / "unet"))
+        assert logged(folder) == logged(out)
+
+
+def test_a_run_that_skips_all_its_steps_ends(train, scaled):
+    """It would never learn anything, which is said after some steps."""
+    scaled(init_scale=2.0**24, backoff_factor=0.9999)
+    with pytest.raises(SystemExit, match="gradients of 50 steps in a row were not finite in fp16"):
+        train("out", "--max_train_steps", 60)
+
+
+def test_the_precision_holds_under_deepspeed(tiny_model, pictures, tmp_path):
+    """Where accelerate's own context does nothing, ours has the precision that was asked for."""
     flags = ("--pretrained_model_name_or_path", tiny_model, "--train_data_dir", pictures, "--output_dir", tmp_path)
-    args = script.parse_args([*map(str, flags), "--resolution", "16", "--report_to", "none"])
-    for scaler, fused in ((None, True), (torch.amp.GradScaler("cpu"), False)):
-        begun = make_run(script, args)
-        begun.accelerator.scaler = scaler
-        optimizer = script.prepare_training(begun, script.load_models(begun))
-        assert optimizer.defaults["fused"] is fused
+    begun = make_run(script, script.parse_args([*map(str, flags), "--mixed_precision", "bf16"]))
+    begun.accelerator.native_amp = False  # as under DeepSpeed
+    with script.autocast(begun):
+        assert (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == torch.bfloat16
+
+
+def test_processes_wait_for_hours(tiny_model, pictures, tmp_path):
+    """The others do not give up while one writes or uploads: NCCL would after ten minutes."""
+    flags = ("--pretrained_model_name_or_path", tiny_model, "--train_data_dir", pictures, "--output_dir", tmp_path)
+    begun = make_run(script, script.parse_args([*map(str, flags)]))
+    assert begun.accelerator.init_handler.timeout.total_seconds() >= 6 * 3600
+
+
+def test_deterministic_kernels(train, monkeypatch):
+    """--deterministic asks for them everywhere; on a CPU all are, so the weights are the same."""
+    plain = train("plain")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        out = train("out", "--deterministic")
+        assert torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" in os.environ
+        assert not torch.backends.cuda.mem_efficient_sdp_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(True)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    assert same(weights(out / "unet"), weights(plain / "unet"))
+
+
+def test_the_average_has_the_layout_of_the_weights(tiny_model, pictures, tmp_path):
+    """In another, each update would walk through memory in strides."""
+    flags = ("--pretrained_model_name_or_path", tiny_model, "--train_data_dir", pictures, "--output_dir", tmp_path)
+    begun = make_run(script, script.parse_args([*map(str, flags), "--use_ema"]))
+    models = script.load_models(begun)
+    script.prepare_training(begun, models)
+    strides = [weight.stride() for weight in models.params_to_optimize]
+    assert [shadow.stride() for shadow in models.ema_unet.shadow_params] == strides
+    assert any(not weight.is_contiguous() for weight in models.params_to_optimize)
+
+
+class Waits(torch.utils._python_dispatch.TorchDispatchMode):
+    """Lists where operations make a program wait for its device, but for the loader's and where numbers are due."""
+
+    WAITING = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero"}
+    DUE = {"load_batches", "_next_data", "read"}
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        if operation.__name__.split(".")[0] in self.WAITING:
+            places = [frame.name for frame in traceback.extract_stack()]
+            self.found += [] if self.DUE & {*places} else [places]
+        return operation(*arguments, **keywords or {})
+
+
+@pytest.mark.parametrize("flags", ["", "--snr_gamma 5 --noise_offset 0.1 --use_ema --input_perturbation 1"])
+def test_no_step_waits_for_its_device(train, monkeypatch, flags):
+    """Nothing reads a number from the device within a step, so a GPU is given the next one while it works."""
+    training, waits = script.train, Waits()
+
+    def watched(*arguments):
+        with waits:
+            training(*arguments)
+
+    monkeypatch.setattr(script, "train", watched)
+    train("out", "--max_train_steps", 3, *flags.split())
+    assert waits.found == []
+
+
+def test_checkpoints_that_take_long_are_told_of(train, monkeypatch, capsys):
+    """Their seconds are logged, and a line at the end says what share of the time they took, and the flag."""
+    out = train("quick", "--checkpointing_steps", 0)
+    assert metrics(out, "checkpoint_seconds") == [] and "Checkpoints took" not in capsys.readouterr().out
+    seal = script.seal_checkpoint
+    monkeypatch.setattr(script, "seal_checkpoint", lambda *arguments: (time.sleep(0.5), seal(*arguments)))
+    out = train("slow", "--checkpointing_steps", 2)
+    assert [step for step, _ in metrics(out, "checkpoint_seconds")] == [2, 4]
+    assert all(0.5 < seconds < 5 for _, seconds in metrics(out, "checkpoint_seconds"))
+    assert "of the time: a higher --checkpointing_steps takes less" in capsys.readouterr().out
 
 
 # Losses that are no numbers, and models in memory.

@@ -14,6 +14,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from helpers import (
     ROOT,
     WORD,
+    encode,
     everything,
     files_of,
     flags_of,
@@ -135,7 +136,7 @@ def test_snr_weights(train, seen, tiny_model, prediction_type):
     a, s = (root.sqrt()[:, None, None, None].float() for root in (alpha, 1 - alpha))
     target = {"epsilon": batch["noise"], "v_prediction": a * batch["noise"] - s * latents, "sample": latents}
     with torch.no_grad():
-        text = script.encode_prompts(models, batch["caption"])
+        text = encode(script, models, batch["caption"])
         noisy = a * latents + s * batch["noise"]
         prediction = models.unet(noisy, batch["timesteps"], text["encoder_hidden_states"]).sample
     each = (prediction - target[prediction_type]).square().mean(dim=(1, 2, 3)).double()

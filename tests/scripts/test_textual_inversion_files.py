@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from helpers import WORD, files_of, flags_of, make_run, optimizer_state, run, same, vectors, watch, weights
+from helpers import WORD, encode, files_of, flags_of, make_run, optimizer_state, run, same, vectors, watch, weights
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
@@ -91,7 +91,7 @@ def test_training_sees_what_the_pipeline_makes(train, seen, request, model):
     caption, prompt = (f"a picture of {tokens}" for tokens in (f"{WORD} {WORD}_1 {WORD}_2", WORD))
     settings = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     with torch.no_grad():
-        trained = script.encode_prompts(models, [caption])
+        trained = encode(script, models, [caption])
         for each in (pipeline, models.pipeline):
             states, _, *pooled = each.encode_prompt(prompt, **settings)
             torch.testing.assert_close(trained["encoder_hidden_states"], states)

@@ -13,11 +13,13 @@ from helpers import (
     ENDLESS,
     changed,
     count_calls,
+    encode,
     finish,
     flags_of,
     for_each_family,
     litter,
     load,
+    logged,
     make_picture,
     metrics,
     rows,
@@ -266,14 +268,14 @@ def test_encoders_take_one_input_at_a_time(tiny_model, monkeypatch):
     pixels = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     prompts = ["a", "a red circle", "", "something else that is rather longer than the others"]
     with torch.no_grad():
-        together = script.encode_pixels(pipeline.vae, pixels)
-        texts = script.encode_prompts(models, prompts)
+        together = script.encode_pixels(models, pixels)
+        texts = encode(script, models, prompts)
         assert together.keys() == {"mean", "std"} and together["mean"].shape == (5, 4, 16, 16)
         for i in range(5):
-            alone = script.encode_pixels(pipeline.vae, pixels[i : i + 1])
+            alone = script.encode_pixels(models, pixels[i : i + 1])
             assert all(torch.equal(alone[name][0], together[name][i]) for name in together)
         for i, prompt in enumerate(prompts):
-            alone = script.encode_prompts(models, [prompt])
+            alone = encode(script, models, [prompt])
             assert torch.equal(alone["encoder_hidden_states"][0], texts["encoder_hidden_states"][i])
         wanted = pipeline.encode_prompt(prompts[1], "cpu", 1, False)[0]
     torch.testing.assert_close(texts["encoder_hidden_states"][1:2], wanted)
@@ -310,19 +312,29 @@ def plan(wide_pictures):
 @pytest.mark.parametrize("count", [10**4, 10**12])
 def test_planning_ends_once_the_answer_is_certain(plan, monkeypatch, count):
     """All crops and captions of a long run are known after a few passes, whatever its length."""
-    fixed, captions, worth, taken = plan(count, "--center_crop", "--random_flip")
-    assert (len(fixed), len(captions), worth) == (10, 10, True) and len(taken) < 500
-    crops, captions, worth, taken = plan(count, "--random_flip", "--proportion_empty_prompts", 0.1)
-    assert (len(crops), len(captions), worth) == (5 * 17 * 2, 11, True) and len(taken) < 5000
+    fixed, captions, taken = plan(count, "--center_crop", "--random_flip")
+    assert (len(fixed), len(captions)) == (10, 10) and len(taken) < 500
+    crops, captions, taken = plan(count, "--random_flip", "--proportion_empty_prompts", 0.1)
+    assert (len(crops), len(captions)) == (5 * 17 * 2, 11) and len(taken) < 5000
     monkeypatch.setattr(script, "LARGE_SET", 100)
-    crops, captions, worth, taken = plan(count, "--random_flip")
-    assert (len(crops), len(captions), worth) == (101, 10, False) and len(taken) < 500
+    crops, captions, taken = plan(count, "--random_flip")
+    assert crops is None and len(captions) == 10 and len(taken) < 500
 
 
 def test_planning_counts_a_short_run_whole(plan):
     """What is met less than twice is not kept, unless it is of a small set that does not change."""
-    assert plan(20)[2] is False and len(plan(2000)[0]) == 5 * 17
-    assert plan(4, "--center_crop")[2] is True and len(plan(4, "--center_crop")[0]) == 4
+    assert plan(20)[0] is None and len(plan(2000)[0]) == 5 * 17
+    assert len(plan(4, "--center_crop")[0]) == 4
+
+
+def test_captions_that_are_met_once(train, own_cache, tmp_path, monkeypatch, capsys):
+    """Of many captions that a run meets less than twice none is kept; embeddings, and weights, are the same."""
+    kept = train("kept")
+    monkeypatch.setattr(script, "SMALL_SET", 3)
+    out = train("out", "--dataloader_num_workers", 2)
+    said = capsys.readouterr().out
+    assert "latents and embeddings are not cached" in said
+    assert same(weights(out / "unet"), weights(kept / "unet")) and logged(out) == logged(kept)
 
 
 def test_planning_answers_signals(plan):
@@ -370,8 +382,7 @@ def test_a_short_run_caches_little(train, monkeypatch, tmp_path):
     monkeypatch.setattr(script, "SMALL_SET", 3)
     large = train("large", "--max_train_steps", 2, "--encoding_cache_dir", tmp_path / "cache-2")
     assert (len(images), len(texts)) == (8, 8)
-    assert not (tmp_path / "cache-2" / "latents").exists()
-    assert len(list((tmp_path / "cache-2" / "prompts").iterdir())) == 4
+    assert not (tmp_path / "cache-2" / "latents").exists() and not (tmp_path / "cache-2" / "prompts").exists()
     assert same(weights(small / "unet"), weights(large / "unet"))
 
 

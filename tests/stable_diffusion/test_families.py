@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from helpers import changed, for_each_family, load, make_run, metrics, parse, same, samples_of, save_ramp, weights
+from helpers import (
+    changed,
+    encode,
+    for_each_family,
+    load,
+    make_run,
+    metrics,
+    parse,
+    same,
+    samples_of,
+    save_ramp,
+    weights,
+)
 from PIL import Image
 
 import train_text_to_image as script
@@ -61,7 +73,7 @@ def test_conditioning_is_the_pipelines(base):
     """Embeddings, and SDXL's pooled ones, are what the pipeline itself makes of a prompt."""
     models, prompts = load(base), ["a red circle", "something longer than that"]
     with torch.no_grad():
-        conditioning = script.encode_prompts(models, prompts)
+        conditioning = encode(script, models, prompts)
         if base.name == "tiny-sdxl":
             wanted, _, pooled, _ = models.pipeline.encode_prompt(
                 prompts, device="cpu", do_classifier_free_guidance=False
@@ -80,8 +92,8 @@ def test_dropped_captions_are_the_pipelines(tiny_sdxl_model, tmp_path, zeros):
     base = changed(tiny_sdxl_model, tmp_path / "base", "model_index.json", force_zeros_for_empty_prompt=zeros)
     models = load(base)
     with torch.no_grad():
-        both = script.encode_prompts(models, ["a cat", ""])
-        alone = script.encode_prompts(models, ["a cat"])
+        both = encode(script, models, ["a cat", ""])
+        alone = encode(script, models, ["a cat"])
         _, negative, _, pooled = models.pipeline.encode_prompt("a cat", device="cpu", do_classifier_free_guidance=True)
     torch.testing.assert_close(both["encoder_hidden_states"][1:], negative)
     torch.testing.assert_close(both["text_embeds"][1:], pooled)

@@ -154,6 +154,7 @@ def test_sdxls_loss_by_hand(tiny_sdxl_model, tmp_path):
     """SDXL's loss is that of a UNet that is told prompt, pooled prompt, size and crop as the pipeline tells it."""
     save_ramp(tmp_path / "x", 40, 16)
     models, samples = load(tiny_sdxl_model), samples_of(tmp_path / "x", "--resolution", 16, "--random_flip")
+    samples.tokenizers = models.tokenizers
     batch = torch.utils.data.default_collate([samples[epoch, 0] for epoch in range(3)])
     pipeline, unet = models.pipeline, models.unet
     with torch.no_grad():
@@ -180,6 +181,7 @@ def test_zero_terminal_snr_by_hand(tiny_sdxl_model, tmp_path):
     save_ramp(tmp_path / "x", 16, 16)
     flags = ("--rescale_betas_zero_snr", "--prediction_type", "v_prediction")
     models, samples = load(tiny_sdxl_model, *flags), samples_of(tmp_path / "x", "--resolution", 16)
+    samples.tokenizers = models.tokenizers
     batch = torch.utils.data.default_collate([samples[0, 0]])
     batch["timesteps"][:] = 999
     seen = []
