@@ -325,7 +325,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong with the flags, without listing them all."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {re.sub('hf_[A-Za-z0-9_]+', 'hf_...', message)}\n")
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -445,10 +445,12 @@ def cache_folder(args):
 def folder_problems(args, flag, folder):
     """Lists what can be wrong with the folder of the pictures, if that is how they are given."""
     cleared = args.overwrite_output_dir and lies_in(folder, args.output_dir)
+    among_samples = lies_in(folder, Path(args.output_dir, "samples"))
     return [
         (folder and not os.path.isdir(folder), f"{flag} {folder} is not a folder"),
         (lies_in(args.output_dir, folder), f"--output_dir lies in {folder}: its samples would be trained on"),
         (cleared, f"{flag} {folder} lies in --output_dir, where --overwrite_output_dir deletes: move it elsewhere"),
+        (among_samples, f"{flag} {folder} lies among the samples that the run writes: move it elsewhere"),
     ]
 
 
@@ -469,15 +471,21 @@ def common_problems(args):
     homeless = cache.parts[0] == "~"  # which could not be expanded
     uncached = not args.no_encoding_cache and (homeless or not is_writable(cache))
     either_validation = "give --validation_steps or --validation_epochs, not both"
+    either_cache = "give --encoding_cache_dir or --no_encoding_cache, not both"
     either_start = "give --overwrite_output_dir or --resume_from_checkpoint, not both"
     inside = "has to lie in --output_dir, apart from other runs: tensorboard --logdir takes the folder above them all"
     base = args.pretrained_model_name_or_path
+    small_rate = args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7
+    escapes = not lies_in(Path(output_dir, args.logging_dir, args.tracker_project_name), output_dir)
     unpublished = args.revision and base and os.path.exists(base)
     otherwise = "take another one by --encoding_cache_dir, or none by --no_encoding_cache"
     return [
         (not is_writable(output_dir), f"--output_dir {output_dir} is no folder that can be made or written to"),
         (logs_apart, f"--logging_dir {args.logging_dir} {inside}"),
+        (small_rate, "--lr_scheduler polynomial ends at 1e-7: --learning_rate has to be higher"),
+        (escapes, f"--tracker_project_name {args.tracker_project_name} leads out of --output_dir"),
         (unpublished, f"--revision is for the Hub, and {base} is on this machine: leave it out"),
+        (args.encoding_cache_dir and args.no_encoding_cache, either_cache),
         (uncached, f"the cache folder {cache} cannot be made or written to: {otherwise}"),
         (args.resolution and args.resolution % 8, f"--resolution {args.resolution} is not a multiple of 8"),
         (args.validation_steps and args.validation_epochs, either_validation),
@@ -519,7 +527,7 @@ def config_values(parser, path):
     except yaml.MarkedYAMLError as error:  # which would show the line, and the token that may stand there
         problem = re.sub(r" '(!|-*\w).*", "", error.problem)
         raise argparse.ArgumentError(None, f"line {error.problem_mark.line + 1} is not YAML: {problem}")
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise argparse.ArgumentError(None, f"it cannot be read: {str(error).splitlines()[0]}")
     if root is None:
         return {}
@@ -593,9 +601,10 @@ def parse_args(argv=None):
     for problem, sentence in check_flags(args) + common_problems(args):
         if problem:
             parser.error(sentence)
-    print_idle(args, usual)
-    if "--hub_token" in typed:
-        print(SHOWN_TOKEN, file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one says it
+        print_idle(args, usual)
+        if "--hub_token" in typed:
+            print(SHOWN_TOKEN, file=sys.stderr)
     return args
 
 
@@ -648,9 +657,20 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 # The method: its pictures, what a sample draws, its models and their loss, what it saves.
 
 # What is uploaded, or deleted to start anew: no checkpoints, no logs, no arguments with their local paths.
-PUBLISHED = "README.md model_index.json samples/step-*.png scheduler/*.json".split()
-PUBLISHED += "unet/*.json unet/*.safetensors vae/*.json vae/*.safetensors".split()
-PUBLISHED += "text_encoder*/*.json text_encoder*/*.safetensors tokenizer*/*.json tokenizer*/merges.txt".split()
+MODEL = "config.json {0}.safetensors {0}-*-of-*.safetensors {0}.safetensors.index.json"
+TOKENIZER = "tokenizer_config.json tokenizer.json special_tokens_map.json added_tokens.json vocab.json merges.txt"
+FOLDERS = {
+    "unet": MODEL.format("diffusion_pytorch_model"),
+    "vae": MODEL.format("diffusion_pytorch_model"),
+    "text_encoder": MODEL.format("model"),
+    "text_encoder_2": MODEL.format("model"),
+    "tokenizer": TOKENIZER,
+    "tokenizer_2": TOKENIZER,
+    "scheduler": "scheduler_config.json",
+    "samples": "step-[0-9]*.png",
+}
+PUBLISHED = ["README.md", "model_index.json"]
+PUBLISHED += [f"{folder}/{name}" for folder, names in FOLDERS.items() for name in names.split()]
 CARD = {"pipeline_tag": "text-to-image", "tags": ["stable-diffusion"]}
 
 
@@ -940,6 +960,7 @@ def read_caption(file):
 def caption_list(captions):
     """Returns what there is to draw from: the captions of a string, of a list, or of nothing, without empty ones."""
     captions = captions if isinstance(captions, list) else [captions]
+    captions = [str(caption) if isinstance(caption, int) else caption for caption in captions]  # as in a .csv
     return [text.strip() for text in captions if isinstance(text, str) and text.strip()]
 
 
@@ -995,7 +1016,7 @@ def open_folder(args, parts):
         problem = error
     try:
         pipeline = open_variant(args, parts, "fp16")
-    except OSError:
+    except Exception:
         raise problem
     PartialState().print(f"The base is of files in half precision, as it has no others: {problem}")
     return pipeline
@@ -1035,9 +1056,6 @@ def open_single_file(args, parts):
         **PIPELINES[name],
         **parts,
     )
-    encoders = [model for part, model in pipeline.components.items() if part in TEXT_ENCODERS and model]
-    if any(weights.is_meta for model in encoders for weights in model.parameters()):
-        raise ValueError("it lacks weights of a text encoder")
     changes = {}  # these two keys are all that a single file can say of its scheduler
     if "v_pred" in keys:
         changes["prediction_type"] = "v_prediction"
@@ -1061,6 +1079,7 @@ def open_base(args):
     single_file = base.endswith(".safetensors")
     try:
         pipeline = open_single_file(args, parts) if single_file else open_folder(args, parts)
+        check_parts(pipeline, single_file)
     except Exception as error:  # diffusers raises nearly anything over files that it cannot use
         missing = single_file and not args.single_file_config
         hint = " Without a network, and for SD 2.x, a single file needs --single_file_config." if missing else ""
@@ -1071,6 +1090,29 @@ def open_base(args):
     for part in (pipeline, pipeline.unet, pipeline.vae):  # their files would name a folder of this machine
         part.register_to_config(_name_or_path=Path(base).resolve().name if Path(base).exists() else base)
     return pipeline
+
+
+def check_parts(pipeline, single_file):
+    """Refuses a pipeline whose files lack weights, which would be random, or words."""
+    for part, model in pipeline.components.items():
+        if not isinstance(model, torch.nn.Module):
+            continue
+        # Only transformers fills in what is missing, and marks what is not.
+        marked = part in TEXT_ENCODERS and not single_file
+        for name, weight in model.named_parameters():
+            if weight.is_meta or (marked and not getattr(weight, "_is_hf_initialized", False)):
+                raise ValueError(f"it lacks weights, such as {part}'s {name}")
+    for part in TEXT_ENCODERS:
+        tokenizer = pipeline.components.get(part.replace("text_encoder", "tokenizer"))
+        model = pipeline.components.get(part)
+        if tokenizer is None or model is None:
+            continue
+        known, longest = model.config.vocab_size, model.config.max_position_embeddings
+        if not known / 2 < len(tokenizer) <= known or tokenizer.model_max_length > longest:
+            raise ValueError(
+                f"its tokenizer has {len(tokenizer)} words of up to {tokenizer.model_max_length} in a prompt, and its "
+                f"{part} {known} of up to {longest}"
+            )
 
 
 def check_family(base, pipeline):
@@ -1502,8 +1544,7 @@ def train(run, models, data, optimizer, lr_scheduler):
     """Takes the optimizer steps that are left, logging, validating and saving as asked; a signal ends it early."""
     args, accelerator = run.args, run.accelerator
     batches = load_batches(run, data)
-    validations = steps_to_validate(run, data)
-    if run.global_step in validations:  # step 0, or one due when the checkpoint was written, as saving comes first
+    if validation_is_due(run, data):  # step 0, or one due when the checkpoint was written, as saving comes first
         validate(run, models, data)
         run.stop.exit_if_asked()  # resuming validates again
     progress_bar = tqdm(
@@ -1548,7 +1589,7 @@ def train(run, models, data, optimizer, lr_scheduler):
         last_time = now
         unread.append(FinishedStep(run, row, keys, losses, grad_norm, skipped))
 
-        validate_now = run.global_step in validations
+        validate_now = validation_is_due(run, data)
         save_now = args.checkpointing_steps and run.global_step % args.checkpointing_steps == 0
         # Logged one step late, so that the device need not wait; at once before a validation or a checkpoint.
         read_now = validate_now or save_now or run.global_step == run.max_train_steps
@@ -1578,8 +1619,9 @@ def train(run, models, data, optimizer, lr_scheduler):
 
 def execute(args, accelerator, stop, lock):
     """The stages of a run, from the flags to what it leaves."""
-    together(take_folder, args, lock, on=accelerator.is_main_process, folder=args.output_dir)
+    lock_id = together(take_folder, args, lock, on=accelerator.is_main_process, folder=args.output_dir)
     run, checkpoint, settings = begin_run(args, accelerator, stop)
+    run.lock_id = lock_id
     repo_id = Path(args.output_dir).resolve().name
     if args.push_to_hub:
         repo_id = on_main_process(run, open_repository, args)
@@ -1653,6 +1695,7 @@ class Run:
     steps_per_epoch: int = 0
     max_train_steps: int = 0
     validation_steps: int = 0
+    lock_id: tuple | None = None  # of the output folder's lock, if the disk has locks
     # What the steps of this process came to.
     loss_scale: float = 0.0  # of fp16
     skipped_in_a_row: int = 0
@@ -1816,8 +1859,10 @@ def model_settings(model):
 
 
 def weights_digest(model):
-    """Names a model by its config, its layers and the values of its weights."""
+    """Names a model by its config, its layers and the values of its weights, which have to be finite."""
     values = [tensor.contiguous().numpy() for tensor in model.state_dict().values()]
+    if not all(np.isfinite(value).all() for value in values):
+        raise SystemExit(f"The base has a {type(model).__name__} with weights that are not finite.")
     return digest(model_settings(model), repr(model), *values)
 
 
@@ -2105,11 +2150,11 @@ def load_average(models, folder):
 # Validation and logging
 
 
-def steps_to_validate(run, data):
-    """The steps after which there is a validation: none if there is nothing to measure or to draw."""
+def validation_is_due(run, data):
+    """Tells whether a validation follows the step that the run is at: none if there is nothing to measure or draw."""
     if not picture_prompts(run.args) and not len(data.held_out):
-        return set()
-    return {*range(0, run.max_train_steps, run.validation_steps), run.max_train_steps}
+        return False
+    return run.global_step % run.validation_steps == 0 or run.global_step == run.max_train_steps
 
 
 def validation_keys(held_out):
@@ -2172,6 +2217,7 @@ def log_pictures(run, images):
 def log_row(run, row):
     """Appends a row of numbers to metrics.jsonl and sends it to the trackers."""
     if run.accelerator.is_main_process:
+        check_lock(run)
         logs = Path(run.args.output_dir, run.args.logging_dir)
         logs.mkdir(exist_ok=True, parents=True)  # someone may have tidied up
         with open(logs / "metrics.jsonl", "a") as metrics:
@@ -2343,8 +2389,8 @@ def write_checkpoint(run, models, folder):
         (folder / "state.json").write_text(state_text(run))
 
 
-def state_text(run):
-    """Returns what a run that goes on from here must know, as JSON."""
+def state_text(run, result=()):
+    """Returns what a run that goes on from here must know, as JSON; result: names of files, if it has ended."""
     state = {
         "global_step": run.global_step,
         "optimizer_steps": run.optimizer_steps,
@@ -2352,6 +2398,7 @@ def state_text(run):
         "tracker_id": run.tracker_id,
         "identity": run.identity,
         "settings": run.settings(),
+        "result": result,
     }
     return json.dumps(state)
 
@@ -2359,13 +2406,17 @@ def state_text(run):
 def mark_end(run):
     """Writes state.json beside the result, by which has_ended knows that the run has ended, and when."""
     output_dir = Path(run.args.output_dir)
-    flush(*results(output_dir), *{path.parent for path in results(output_dir)})
-    replace_file(output_dir / "state.json", state_text(run).encode())
+    files = results(output_dir)
+    flush(*files, *{path.parent for path in files})
+    names = [path.relative_to(output_dir).as_posix() for path in files if path.suffix not in (".md", ".png")]
+    replace_file(output_dir / "state.json", state_text(run, names).encode())
 
 
 def numbered_checkpoints(output_dir):
     """Lists a folder's checkpoints by rising number; only names checkpoint-<number> count."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    found = [
+        path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-(0|[1-9]\d*)", path.name)
+    ]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
@@ -2452,15 +2503,15 @@ def check_folder(args):
     output_dir, resume = Path(args.output_dir), args.resume_from_checkpoint
     found = numbered_checkpoints(output_dir)
     left = found + [path for pattern in PUBLISHED for path in sorted(output_dir.glob(pattern))]
-    foreign = [path for path in left if script_of(path) is None]  # or torn, or a result
-    written = output_dir / "train_args.yaml"
-    if written.exists() and not written.read_text(errors="replace").startswith("# torch "):  # see write_train_args
-        raise SystemExit(f"{written} is not of a run, which would write its own there: move or rename it.")
-    if foreign and not written.exists():
-        raise SystemExit(
-            f"{output_dir} holds {foreign[0].name}, which no run of this script left: take another folder."
-        )
     scripts = {script_of(folder) for folder in (output_dir, *found)} - {None}
+    settings, metrics = output_dir / "train_args.yaml", Path(output_dir, args.logging_dir, "metrics.jsonl")
+    written = settings.exists() and settings.read_text(errors="replace").startswith("# torch ")  # by write_train_args
+    foreign = [path for path in (settings, output_dir / "state.json", metrics, *left) if path.exists()]
+    if foreign and not written and not scripts:
+        raise SystemExit(f"{foreign[0]} was not left by a run of this script: move it, or take another --output_dir.")
+    parts = {output_dir / pattern.split("/")[0] for pattern in PUBLISHED if "/" in pattern}
+    if files := [part for part in parts if part.is_file()]:
+        raise SystemExit(f"{files[0]} is a file, where a run makes a folder: move it, or take another --output_dir.")
     if scripts - {Path(__file__).stem}:
         raise SystemExit(f"{output_dir} holds a run of {', '.join(scripts)}.py: take another --output_dir.")
     elsewhere = False
@@ -2470,7 +2521,7 @@ def check_folder(args):
     left = [path for path in left if path.parent.name != "samples"]  # which alone are no loss
     if left and (elsewhere or resume is None and not args.overwrite_output_dir):
         raise SystemExit(
-            f"{output_dir} holds another run: go on with it by --resume_from_checkpoint latest, "
+            f"{output_dir} holds a run: go on with it by --resume_from_checkpoint latest, "
             "start anew and delete what it left by --overwrite_output_dir, or choose another --output_dir."
         )
 
@@ -2520,7 +2571,7 @@ def find_checkpoint(args):
 
 def read_state(checkpoint):
     """Returns what state.json says of a run."""
-    names = {"global_step", "optimizer_steps", "seed", "tracker_id", "identity", "settings"}
+    names = {"global_step", "optimizer_steps", "seed", "tracker_id", "identity", "settings", "result"}
     try:
         state = json.loads((checkpoint / "state.json").read_text())
     except ValueError:
@@ -2542,7 +2593,10 @@ def has_ended(run):
             return False
         raise
     taken = state["global_step"]
-    if taken >= run.max_train_steps:
+    gone = [name for name in state["result"] if not (output_dir / name).exists()]
+    if gone:
+        print(f"{output_dir / gone[0]} is gone from the result.")
+    elif taken >= run.max_train_steps:
         early = {"resolution": run.resolution} | ({"seed": run.seed} if run.args.seed is None else {})
         list_changes(run, state["settings"] | early)  # but for what this run has not worked out
         print(f"The run in {output_dir} has ended after {taken} steps: there is none left to take.")
@@ -2570,7 +2624,7 @@ def begin_run(args, accelerator, stop):
         seed = int(tracker_id, 16) if args.seed is None else args.seed
         return Run(args, accelerator, stop, seed, tracker_id), None, {}
     state = together(read_state, checkpoint, on=main_process, folder=output_dir)
-    settings = state.pop("settings")
+    settings, _ = state.pop("settings"), state.pop("result")
     if args.seed not in (None, state["seed"]):
         raise SystemExit(f"{checkpoint} was trained with --seed {state['seed']}, so it cannot go on with {args.seed}.")
     accelerator.print(f"Resuming from {checkpoint}.")
@@ -2801,7 +2855,7 @@ def make_lr_scheduler(run, optimizer):
         run.args.lr_scheduler,
         optimizer,
         num_warmup_steps=run.args.lr_warmup_steps,
-        num_training_steps=run.max_train_steps,
+        num_training_steps=max(run.max_train_steps, run.args.lr_warmup_steps + 1),  # by whose difference some divide
         num_cycles=run.args.lr_num_cycles,
         power=run.args.lr_power,
         last_epoch=run.optimizer_steps - 1,
@@ -2832,7 +2886,7 @@ def clear_folder(run):
         for torn in folder.glob(".*.tmp"):
             if re.fullmatch(TORN, torn.name):
                 remove(torn)
-    if run.args.overwrite_output_dir and (output_dir / "train_args.yaml").exists():
+    if run.args.overwrite_output_dir:
         for path in numbered_checkpoints(output_dir) + results(output_dir):
             remove(path)
 
@@ -2857,7 +2911,7 @@ def prepare_folder(run, checkpoint, data):
     Path(run.args.output_dir, "samples").mkdir(parents=True, exist_ok=True)
     rows = (checkpoint / "metrics.jsonl").read_text().splitlines() if checkpoint else []
     again = f'{{"step": {run.global_step}, "validation_loss"'
-    if run.global_step in steps_to_validate(run, data):
+    if validation_is_due(run, data):
         rows = [row for row in rows if not row.startswith(again)]
     metrics = "".join(f"{row}\n" for row in rows)
     replace_file(Path(run.args.output_dir, run.args.logging_dir, "metrics.jsonl"), metrics.encode())
@@ -2874,7 +2928,12 @@ def start_trackers(run, checkpoint):
     config = {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in run.settings().items()}
     wandb = {"id": run.tracker_id, "resume": "allow", "dir": str(Path(args.output_dir, args.logging_dir))}
     tensorboard = {"purge_step": run.global_step + 1 if checkpoint else 0}  # hides what an earlier end logged later
-    run.accelerator.init_trackers(args.tracker_project_name, config, {"wandb": wandb, "tensorboard": tensorboard})
+    try:
+        run.accelerator.init_trackers(args.tracker_project_name, config, {"wandb": wandb, "tensorboard": tensorboard})
+    except OSError:  # a full disk
+        raise
+    except Exception as error:  # anything: each tracker has errors of its own
+        raise SystemExit(f"--report_to {args.report_to} cannot start: {error}")
 
 
 def print_header(run, models, data):
@@ -2928,10 +2987,12 @@ class Output:
         return True
 
     def write(self, text):
-        """Writes what can be written."""
+        """Writes what can be written, in parts that the pipe to a reader has room for once that reads."""
         with contextlib.suppress(OSError):
-            if self.is_read():
-                self.stream.write(text)
+            for start in range(0, len(text), 1000):
+                if self.is_read():
+                    self.stream.write(text[start : start + 1000])
+                    self.stream.flush()
         return len(text)
 
     def flush(self):
@@ -2941,12 +3002,26 @@ class Output:
                 self.stream.flush()
 
 
+def file_id(path):
+    """Tells a file from another one that may have its name later."""
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino
+
+
+def check_lock(run):
+    """Ends a run whose output folder was removed, and has been made anew by another one."""
+    with contextlib.suppress(FileNotFoundError):
+        if run.lock_id and file_id(Path(run.args.output_dir, ".lock")) != run.lock_id:
+            raise SystemExit(f"{run.args.output_dir} was removed and is another run's by now, so this one stops.")
+
+
 def take_folder(args, lock):
-    """Makes the output folder, and keeps other runs out of it until this process ends, however it ends."""
+    """Makes the output folder, and keeps other runs out of it until this process ends; returns its lock's file_id."""
     check_folder(args)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire(timeout=0)
+        return file_id(lock.lock_file)
     except Timeout:
         raise SystemExit(
             f"Another run is at work in {args.output_dir}: let it end, stop it, or take another --output_dir."
@@ -2984,7 +3059,8 @@ def main(args):
         lock.release()
     if accelerator.num_processes > 1:
         time.sleep(0.1)  # gloo's thread needs the interpreter to drop its last work, and ending would hold that
-    accelerator.end_training()
+    with contextlib.suppress(Exception if end else ()):  # of a tracker that has not started
+        accelerator.end_training()
     if end is not None:
         raise end
 

@@ -366,9 +366,10 @@ def losses(folder):
 
 
 def rows(output_dir):
-    """How many rows the run has logged."""
+    """How many rows of steps and validations the run has logged."""
     with contextlib.suppress(OSError):
-        return len((output_dir / "logs" / "metrics.jsonl").read_text().splitlines())
+        lines = (output_dir / "logs" / "metrics.jsonl").read_text().splitlines()
+        return sum("checkpoint_seconds" not in line for line in lines)
     return 0
 
 

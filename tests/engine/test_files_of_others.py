@@ -44,7 +44,7 @@ def test_a_pipeline_of_others_is_not_overwritten(train, tiny_model, tmp_path, ca
     """A folder with a model that no run of ours left is refused, and --overwrite_output_dir does not help."""
     shutil.copytree(tiny_model, tmp_path / "out")
     for flags in ((), ("--overwrite_output_dir",)):
-        assert "which no run of this script left" in refusal(capsys, lambda flags=flags: train("out", *flags))
+        assert "was not left by a run of this script" in refusal(capsys, lambda flags=flags: train("out", *flags))
     assert state_of(tmp_path / "out") == state_of(tiny_model)
 
 
@@ -54,11 +54,60 @@ def test_a_config_of_that_name_is_not_overwritten(train, tmp_path):
     mine.parent.mkdir()
     mine.write_text("# my notes\nseed: 1\n")
     for flags in ((), ("--overwrite_output_dir",), ("--config", mine)):
-        with pytest.raises(SystemExit, match="train_args.yaml is not of a run"):
+        with pytest.raises(SystemExit, match="train_args.yaml was not left by a run"):
             train("out", *flags)
     assert mine.read_text() == "# my notes\nseed: 1\n"
     train("other", "--max_train_steps", 1)
     train("other", "--max_train_steps", 1, "--overwrite_output_dir")
+
+
+def test_a_config_that_was_edited_is_the_runs_own(train):
+    """Notes at its top do not lock their writer out of the run, nor does its absence."""
+    out = train("out", "--checkpointing_steps", 2)
+    settings = out / "train_args.yaml"
+    settings.write_text("\ufeff# a good run\n" + settings.read_text())
+    train("out", "--checkpointing_steps", 2, "--max_train_steps", 6, *LATEST)
+    settings.rename(out / "kept.yaml")
+    train("out", "--checkpointing_steps", 2, "--max_train_steps", 8, *LATEST)
+    train("out", "--max_train_steps", 1, "--overwrite_output_dir")
+
+
+@pytest.mark.parametrize("name", ["state.json", "logs/metrics.jsonl"])
+def test_files_of_these_names_are_not_overwritten(name, train, tmp_path, capsys):
+    """What may be another program's state or metrics is refused as a result would be."""
+    file = tmp_path / "out" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    for flags in ((), ("--overwrite_output_dir",), LATEST):
+        said = refusal(capsys, lambda flags=flags: train("out", *flags))
+        assert f"{file} was not left by a run of this script" in said
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["unet", "samples"])
+def test_a_file_in_the_place_of_a_folder_is_refused(name, train, tmp_path, capsys):
+    """The libraries would write nothing there, and say nothing."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    assert f"{name} is a file, where a run makes a folder" in refusal(capsys, lambda: train("out"))
+
+
+def test_overwriting_deletes_checkpoints_that_alone_are_left(train):
+    """Else a run that goes on later would take those of the run before."""
+    out = train("out", "--checkpointing_steps", 2)
+    for path in out.iterdir():
+        if not path.name.startswith("checkpoint-"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    train("out", "--checkpointing_steps", 2, "--max_train_steps", 2, "--overwrite_output_dir")
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_checkpoint_of_another_spelling_is_not_pruned(train):
+    """A copy that was put aside stays."""
+    out = train("out", "--checkpointing_steps", 2)
+    (out / "checkpoint-2").rename(out / "checkpoint-02")
+    train("out", "--checkpointing_steps", 2, "--max_train_steps", 8, "--checkpoints_total_limit", 1, *LATEST)
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-02", "checkpoint-8"}
 
 
 def test_hidden_files_of_others_stay(train, tmp_path):
@@ -153,7 +202,7 @@ def test_results_of_others_are_not_overwritten(name, flags, train, tmp_path, cap
     file.parent.mkdir(parents=True)
     file.write_text("mine")
     more = ("--checkpointing_steps", 1, "--checkpoints_total_limit", 1)
-    assert "which no run of this script left" in refusal(capsys, lambda: train("out", *more, *flags))
+    assert "was not left by a run of this script" in refusal(capsys, lambda: train("out", *more, *flags))
     assert [path.name for path in (tmp_path / "out").iterdir()] == [name.split("/")[0]]
     assert file.read_text() == "mine"
 
@@ -163,7 +212,7 @@ def test_adapters_of_others_are_not_overwritten(trainer, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "pytorch_lora_weights.safetensors").write_text("mine")
     adapters = trainer(train_lora)
-    assert "which no run of this script left" in refusal(capsys, lambda: adapters("out"))
+    assert "was not left by a run of this script" in refusal(capsys, lambda: adapters("out"))
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").read_text() == "mine"
 
 
@@ -172,7 +221,7 @@ def test_a_result_is_not_overwritten_by_a_run_from_elsewhere(train, tmp_path, ca
     out, other = train("out"), train("other", "--checkpointing_steps", 2)
     before = state_of(out)
     flags = ("--resume_from_checkpoint", other / "checkpoint-2")
-    assert "holds another run" in refusal(capsys, lambda: train("out", *flags))
+    assert "holds a run: go on" in refusal(capsys, lambda: train("out", *flags))
     assert state_of(out) == before
     assert train("new", *flags)
 
@@ -185,7 +234,7 @@ def test_a_killed_runs_result_is_not_overwritten(left, trainer, tmp_path, capsys
     for file in [*out.glob("*.md"), out / "state.json"]:
         file.unlink()
     (out / left).write_text("{}")
-    assert "holds another run" in refusal(capsys, lambda: train("out"))
+    assert "holds a run: go on" in refusal(capsys, lambda: train("out"))
 
 
 def test_another_scripts_folder_is_refused(train, trainer, capsys):
@@ -201,7 +250,9 @@ def test_another_scripts_folder_is_refused(train, trainer, capsys):
 def test_overwriting_leaves_what_others_put_there(train, tmp_path):
     """Notes beside the samples and weights stay, and so does what a link leads to."""
     out = train("out", "--validation_prompts", "a cat")
-    mine = [out / name for name in ("samples/notes.txt", "samples/best/1.png", "unet/notes.txt")]
+    names = "samples/notes.txt samples/best/1.png samples/step-best.png unet/notes.txt unet/my_best.safetensors "
+    names += "text_encoder_backup/model.safetensors tokenizer_old/vocab.json text_encoder/my.json"
+    mine = [out / name for name in names.split()]
     for file in mine:
         file.parent.mkdir(exist_ok=True)
         file.write_text("mine")

@@ -97,7 +97,7 @@ def somewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "dangling").symlink_to("nowhere")
-    for name in ("pictures", "others"):
+    for name in ("pictures", "others", "samples"):
         (tmp_path / name).mkdir()
 
 
@@ -310,6 +310,7 @@ def test_mistake_is_said_at_once():
         ("- learning_rate\n- 1", "lines"),
         ("learning_rate: 1\nlearning_rate: [", "line 2 is not YAML"),
         ("learning_rate: \0", "cannot be read"),
+        ("a: " + "[" * 3000, "cannot be read"),
     ],
 )
 def test_config_is_refused(capsys, text, says):
@@ -359,6 +360,11 @@ MISTAKES = [
     ("--resume_from_checkpoint=", "--resume_from_checkpoint", "a path"),
     ("--logging_dir=", "--logging_dir", "a path"),
     ("--logging_dir /tmp", "--logging_dir /tmp", "tensorboard --logdir"),
+    ("--lr_scheduler polynomial --learning_rate 1e-7", "--learning_rate", "1e-7"),
+    ("--tracker_project_name ../../elsewhere", "--tracker_project_name ../../elsewhere", "--output_dir"),
+    ("--tracker_project_name /tmp/x", "--tracker_project_name /tmp/x", "--output_dir"),
+    ("--encoding_cache_dir x --no_encoding_cache", "--encoding_cache_dir", "--no_encoding_cache"),
+    ("--output_dir . --train_data_dir samples", "--train_data_dir samples", "samples that the run writes"),
     ("--logging_dir ../logs", "--logging_dir ../logs", "tensorboard --logdir"),
     ("--output_dir config.yaml", "--output_dir config.yaml", "no folder"),
     ("--output_dir config.yaml/run", "--output_dir config.yaml/run", "no folder"),
@@ -479,6 +485,14 @@ def test_no_refusal_of_the_command_line_shows_the_token(capsys, words):
     """Of flags that are unknown, their values are not said."""
     sentence = refusal(capsys, typed(needed()) + words.split())
     assert "secret" not in sentence and "did you mean --hub_token?" in sentence
+
+
+@pytest.mark.parametrize("words", ["--hub_tokenhf_secret", "--hub_token:hf_secret", "--push_to_hub=hf_secret"])
+def test_no_token_without_its_blank_is_shown(capsys, words):
+    """A token that is glued to its flag is cut out of what is said."""
+    assert "secret" not in refusal(capsys, typed(needed()) + words.split())
+    if ":" in words:
+        assert "secret" not in refusal(capsys, written(words[2:] + ":") + typed(needed()))
 
 
 @pytest.mark.parametrize("words", ["--hub_token = hf_secret", "--hub_token x hf_secret", "--seed 1 hf_secret"])

@@ -1,11 +1,12 @@
 """One run at a time works in an output folder, and a process that was killed keeps nobody out."""
 
 import os
+import shutil
 import signal
 
 import pytest
 from filelock import FileLock
-from helpers import ENDLESS, finish, linux, rows, run, whole_checkpoints
+from helpers import ENDLESS, finish, linux, metrics, rows, run, whole_checkpoints
 
 import train_text_to_image as script
 
@@ -58,3 +59,15 @@ def test_a_run_that_has_ended_keeps_nobody_out(train):
         train("out", "--seed", 8, "--resume_from_checkpoint", "latest")
     train("out", "--max_train_steps", 2, "--resume_from_checkpoint", "latest")
     assert rows(out) == 2
+
+
+@pytest.mark.launch
+def test_a_run_whose_folder_becomes_anothers_ends(start, command, train, tmp_path):
+    """If its folder is removed, and made by another run, neither writes into the other's."""
+    out = tmp_path / "out"
+    process = start(command(out, *ENDLESS))
+    process.until(lambda: rows(out) >= 2)
+    shutil.rmtree(out)
+    train("out", "--checkpointing_steps", 2)
+    assert process.wait(60) == 1 and "was removed and is another run's by now" in process.output()
+    assert whole_checkpoints(out) == [2, 4] and len(metrics(out, "loss")) == 4

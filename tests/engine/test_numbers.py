@@ -397,6 +397,13 @@ def test_checkpoints_that_take_long_are_told_of(train, monkeypatch, capsys):
 # Losses that are no numbers, and models in memory.
 
 
+@pytest.mark.parametrize("shape", ["polynomial", "linear", "cosine", "cosine_with_restarts"])
+def test_a_warmup_as_long_as_the_run(train, shape):
+    """The last step has all of it behind it, and divides by nothing."""
+    out = train("out", "--lr_scheduler", shape, "--lr_warmup_steps", 4)
+    assert metrics(out, "lr") == [(i + 1, pytest.approx(1e-3 * i / 4)) for i in range(4)]
+
+
 def test_a_nan_in_the_base_model_stops_the_run(train, tiny_model, tmp_path, pictures):
     """A loss that is no number ends the run at its step, with the pictures' names and without a checkpoint."""
     model = shutil.copytree(tiny_model, tmp_path / "model")

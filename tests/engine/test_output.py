@@ -5,11 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from helpers import ENDLESS, ENVIRONMENT, ROOT, linux, rows, whole_checkpoints
+
+import train_text_to_image as script
 
 
 pytestmark = [linux, pytest.mark.launch]
@@ -106,6 +109,18 @@ def test_a_reader_that_pauses(shell, command, tmp_path):
     assert process.wait(30) == 143
     os.close(ends[0])
     assert len(whole_checkpoints(out)) == 1
+
+
+def test_a_long_text_for_a_reader_that_pauses():
+    """It is written as the reader takes it, and not to its end once the run is told to stop."""
+    stop = script.StopFlag()
+    ends = os.pipe()
+    output = script.Output(open(ends[1], "w"), stop)
+    threading.Timer(1, stop.set, (signal.SIGTERM, None)).start()
+    assert output.write("x" * 200_000) == 200_000
+    output.flush()
+    assert stop.signum == signal.SIGTERM
+    os.close(ends[0])
 
 
 @pytest.mark.parametrize("encoding", ["ascii", pytest.param("cp1252", marks=pytest.mark.slow)])

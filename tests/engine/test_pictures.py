@@ -638,6 +638,13 @@ def test_links_that_lead_back_are_walked_once(tmp_path):
     assert sorted(captions_of(inside).values()) == [["a"], ["b"], ["c"]]
 
 
+def test_a_number_is_a_caption(tmp_path):
+    """It is one in a .csv, so it is one in a .jsonl."""
+    make_picture(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": 7}')
+    assert captions_of(tmp_path) == {"a.png": ["7"]}
+
+
 def test_rows_for_the_same_picture_are_its_captions(tmp_path):
     """Several rows of metadata for a picture, in one file or more, are several captions to draw from."""
     make_picture(tmp_path / "sub" / "a.png")

@@ -231,6 +231,17 @@ def test_tensorboard(finished):
             assert image.size == (16 * len(PROMPTS), 16)
 
 
+@pytest.mark.parametrize("flags", [("wandb",), ("tensorboard", "--tracker_project_name", "x" * 300)])
+def test_a_tracker_that_cannot_start_is_told_of(flags, train, monkeypatch, tmp_path, capsys):
+    """One without a login, or whose folder cannot be made, ends the run in a sentence."""
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with pytest.raises(SystemExit, match=f"(--report_to {flags[0]} cannot start|start_trackers failed)"):
+        train("out", "--report_to", *flags)
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_wandb(train, monkeypatch):
     """Weights & Biases keeps its files among the logs, and a resumed run goes on with the same one."""
     monkeypatch.setenv("WANDB_SILENT", "true")

@@ -80,6 +80,22 @@ def test_the_same_command_after_the_end(train, monkeypatch, capsys, steps, every
     assert watched.models is None and state_of(out) == before
 
 
+def test_a_result_that_is_gone(train, capsys):
+    """The same command makes it again, if there is a checkpoint to go on from; else a sentence says what is gone."""
+    flags = (*RANDOM, "--max_train_steps", 5, *LATEST)
+    out = train("out", *flags, "--checkpointing_steps", 2)
+    trained = weights(out / "unet")
+    shutil.rmtree(out / "unet")
+    train("out", *flags, "--checkpointing_steps", 2)
+    assert same(weights(out / "unet"), trained)
+    other = train("other", *flags)
+    shutil.rmtree(other / "vae")
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="left no checkpoint to go on from"):
+        train("other", *flags)
+    assert f"{other / 'vae'}/" in capsys.readouterr().out
+
+
 def test_more_steps_after_the_end(train, capsys):
     """More steps than the run had go on from its last checkpoint, or are refused if it left none."""
     whole = train("whole", *RANDOM, "--max_train_steps", 7)

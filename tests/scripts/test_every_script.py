@@ -51,6 +51,8 @@ ONE_OF = [
     {"train_text_encoder", "pre_compute_text_embeddings"},
     {"use_dora", "output_kohya_format"},
     {"optimizer", "use_8bit_adam", "scale_lr", "learning_rate", "text_encoder_lr"},
+    {"lr_scheduler", "learning_rate"},
+    {"encoding_cache_dir", "no_encoding_cache"},
 ]
 
 
@@ -82,6 +84,8 @@ def values_of(name, action):
         return kind(limits["low"], limits.get("high", sys.float_info.max))
     if name.endswith(PATHS):
         return NAME.map(lambda text: f"{text}.{name}")
+    if name == "tracker_project_name":
+        return NAME.map(lambda text: f"{text}.")
     if name == "placeholder_token":
         return TEXT.filter(lambda text: len(text.split()) == 1)
     text = TEXT.filter(bool) if name in ("dataset_name", "instance_prompt", "class_prompt") else TEXT

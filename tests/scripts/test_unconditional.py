@@ -36,7 +36,7 @@ from helpers import (
     write_config,
 )
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train_unconditional as script
 
@@ -277,6 +277,17 @@ def test_a_torn_file_is_not_passed_over(train, base, tmp_path):
     file = model / "unet" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(SystemExit, match="Unable to load weights"):
+        train("out", "--pretrained_model_name_or_path", model)
+
+
+def test_a_base_that_lacks_weights_is_refused(train, base, tmp_path):
+    """It is said which."""
+    model = shutil.copytree(base, tmp_path / "model")
+    file = model / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors.pop("conv_in.bias")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match="model lacks weights, such as conv_in.bias"):
         train("out", "--pretrained_model_name_or_path", model)
 
 

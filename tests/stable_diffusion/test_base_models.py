@@ -101,6 +101,59 @@ def test_a_torn_file_is_not_passed_over(train, tiny_model, tmp_path, part):
         train("out", "--pretrained_model_name_or_path", model)
 
 
+def without_weight(base, folder, part):
+    """A copy of a pipeline whose part lacks the first of its tensors."""
+    shutil.copytree(base, folder)
+    (file,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(file)
+    tensors.pop(min(tensors))
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2"])
+def test_a_base_that_lacks_weights_is_refused(part, tiny_sdxl_model, tmp_path, capsys):
+    """A library would fill them in with random ones, and say nothing."""
+    model = without_weight(tiny_sdxl_model, tmp_path / "model", part)
+    said = refused_base(capsys, ("--pretrained_model_name_or_path", model, "--train_data_dir", tiny_sdxl_model))
+    assert "model cannot be loaded as a Stable Diffusion model" in said
+    assert f"it lacks weights, such as {part}'s " in said
+
+
+def test_weights_of_other_names_are_none(tiny_model, tmp_path, capsys):
+    """A text encoder whose weights have other names would be random as a whole; so would another VAE's."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    file = model / "text_encoder" / "model.safetensors"
+    save_file({f"clip.{name}": tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    flags = ("--train_data_dir", tiny_model, "--pretrained_model_name_or_path")
+    assert "it lacks weights, such as text_encoder's" in refused_base(capsys, (*flags, model))
+    vae = without_weight(tiny_model, tmp_path / "other", "vae") / "vae"
+    said = refused_base(capsys, (*flags, tiny_model, "--pretrained_vae_model_name_or_path", vae))
+    assert "it lacks weights, such as vae's" in said
+
+
+@pytest.mark.parametrize("files", ["vocab.json merges.txt tokenizer.json", "*"])
+def test_a_base_without_a_vocabulary_is_refused(files, tiny_model, tmp_path, capsys):
+    """A tokenizer of no words would make all captions alike."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    for name in files.split():
+        for file in (model / "tokenizer").glob(name):
+            file.unlink()
+    said = refused_base(capsys, ("--pretrained_model_name_or_path", model, "--train_data_dir", tiny_model))
+    assert "model cannot be loaded as a Stable Diffusion model" in said
+
+
+def test_a_base_whose_weights_are_not_finite_is_refused(tiny_model, tmp_path, capsys):
+    """Even where no step would notice, as in the VAE's decoder."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (file,) = (model / "vae").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["decoder.conv_out.bias"][0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    said = refused_base(capsys, ("--pretrained_model_name_or_path", model, "--train_data_dir", tiny_model))
+    assert "AutoencoderKL with weights that are not finite" in said
+
+
 def test_fp16_files_on_the_hub(train, hub, tiny_model, tmp_path, capsys):
     """A base of the Hub that has nothing but .fp16 files loads too."""
     model = tmp_path / "model"
@@ -117,8 +170,9 @@ def test_a_base_model_of_pickles_is_refused(train, tiny_model, tmp_path):
         name = "pytorch_model.bin" if file.parent.name == "text_encoder" else "diffusion_pytorch_model.bin"
         torch.save(load_file(file), file.with_name(name))
         file.unlink()
-    with pytest.raises(SystemExit, match="safetensors"):
+    with pytest.raises(SystemExit, match="Error no file named .*safetensors") as end:
         train("out", "--pretrained_model_name_or_path", model)
+    assert "fp16" not in str(end.value)  # which nobody asked for
 
 
 # On the Hub.
