@@ -51,8 +51,8 @@ clean:
 	rm -rf .venv .pytest_cache .ruff_cache outputs
 
 .venv/.installed: requirements-exact.txt
-	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
-	    { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.12"; exit 1; }
+	@$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))" || \
+	    { echo "Python 3.11 to 3.14 is needed: make PYTHON=/path/to/python3.12"; exit 1; }
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -r requirements-exact.txt
 	touch $@

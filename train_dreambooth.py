@@ -20,7 +20,7 @@ they are the same text in every script that has them.
 # What `uv run` installs, as requirements.txt lists it (PEP 723)
 #
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.11,<3.15"
 # dependencies = [
 #     "torch>=2.13,<2.14", "diffusers>=0.41,<0.43", "transformers>=5.23,<6",
 #     "accelerate>=1.13,<2", "datasets>=4,<6", "peft>=0.20,<0.22", "huggingface_hub>=1.32,<3",
@@ -1222,9 +1222,10 @@ def load_base(run):
 def base_code(run, models, name):
     """Returns the lines that load the base model as it was trained on, for a result of this name."""
     args = run.args
-    paths = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path, args.single_file_config
-    if not Path(name).is_absolute():  # what may be published names no path of this machine
-        paths = [Path(path).resolve().name if path and Path(path).exists() else path for path in paths]
+    paths = [args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path, args.single_file_config]
+    for i, path in enumerate(paths):
+        if path and Path(path).exists():  # on this machine, of which what may be published names no path
+            paths[i] = str(Path(path).resolve()) if Path(name).is_absolute() else Path(path).resolve().name
     base, vae, config = paths
     pipeline, scheduler = type(models.pipeline).__name__, models.pipeline.scheduler
     single_file = base.endswith(".safetensors")

@@ -231,15 +231,14 @@ def test_tensorboard(finished):
             assert image.size == (16 * len(PROMPTS), 16)
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("flags", [("wandb",), ("tensorboard", "--tracker_project_name", "x" * 300)])
-def test_a_tracker_that_cannot_start_is_told_of(flags, train, monkeypatch, tmp_path, capsys):
+def test_a_tracker_that_cannot_start_is_told_of(flags, start, command, tmp_path):
     """One without a login, or whose folder cannot be made, ends the run in a sentence."""
-    monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    with pytest.raises(SystemExit, match=f"(--report_to {flags[0]} cannot start|start_trackers failed)"):
-        train("out", "--report_to", *flags)
-    assert "Traceback" not in capsys.readouterr().err
+    alone = {"WANDB_MODE": "online", "HOME": str(tmp_path), "WANDB_API_KEY": ""}
+    process = start(command(tmp_path / "out", "--report_to", *flags), environment=alone)
+    assert process.wait() == 1 and "Traceback" not in process.output()
+    assert re.search(f"--report_to {flags[0]} cannot start|start_trackers failed", process.output())
 
 
 def test_wandb(train, monkeypatch):
