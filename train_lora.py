@@ -43,7 +43,6 @@ import glob
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import logging
 import math
@@ -1206,6 +1205,7 @@ def kohya_metadata(run, models):
 SAMPLER_STEPS = 25  # of a validation picture
 SMALL_SET = 10_000  # latents, of 131 kB at 512 x 512, that --center_crop keeps even if this run meets each just once
 LARGE_SET = 1_000_000  # latents, and no more, are kept of crops at random
+AHEAD = 8  # pictures that are decoded while others are encoded
 PADDED = {"padding": "max_length", "truncation": True}  # UNets attend to the padding as well
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}  # of a scheduler that ends in noise alone
@@ -1765,18 +1765,6 @@ def caption_inputs(samples, caption, file):
     return {} if entry_is_whole(file) else {file: (tokenize(samples.tokenizers, caption)[None], [caption])}
 
 
-def prepare_ahead(threads, jobs, ahead):
-    """Yields jobs' encoders, and inputs by file, in the jobs' order; threads make some of the inputs ahead."""
-    started = collections.deque()
-    for encode, prepare, *arguments in jobs:
-        started.append((encode, threads.submit(prepare, *arguments)))
-        if len(started) > ahead:
-            encode, inputs = started.popleft()
-            yield encode, inputs.result()
-    for encode, inputs in started:
-        yield encode, inputs.result()
-
-
 def write_entry(file, tensors):
     """Writes a cache entry."""
     tensors = {name: tensor[0].cpu().contiguous() for name, tensor in tensors.items()}
@@ -1784,13 +1772,16 @@ def write_entry(file, tensors):
 
 
 @torch.no_grad()
-def encode_some(run, models, prepared, writer):
-    """Encodes what a few jobs are about, and has a thread write the entries."""
-    written = []
-    for encode, inputs in prepared:
-        written += [writer.submit(write_entry, file, encode(models, *given)) for file, given in inputs.items()]
-        if run.stop.signum:
-            break
+def encode_some(run, models, jobs, started, readers, writer):
+    """Does jobs for about a second: starts their readers some ahead, encodes, and has a thread write the entries."""
+    written, end = [], time.monotonic() + 1
+    while (jobs or started) and time.monotonic() < end and not run.stop.signum:
+        while jobs and len(started) < AHEAD:
+            encode, prepare, *arguments = jobs.popleft()
+            started.append((encode, readers.submit(prepare, *arguments)))
+        encode, inputs = started.popleft()
+        for file, given in inputs.result().items():
+            written.append(writer.submit(write_entry, file, encode(models, *given)))
     for entry in written:
         entry.result()
 
@@ -1804,15 +1795,15 @@ def fill_entries(run, models, jobs):
     hosts = gather_object([socket.gethostname()])
     ranks_here = min(map(hosts.count, hosts))
     place = hosts[: run.accelerator.process_index].count(socket.gethostname())
-    workers = max(1, min(8, os.cpu_count() // ranks_here))
-    several = 16  # of this rank, before it hears of the others
-    turns = range(0, len(jobs), several * ranks_here)
+    jobs, started = collections.deque(jobs[place::ranks_here]), collections.deque()
+    workers = max(1, min(AHEAD, os.cpu_count() // ranks_here))
+    progress_bar = tqdm(desc="caching", total=len(jobs), disable=not run.accelerator.is_main_process)
     with ThreadPoolExecutor(workers) as readers, ThreadPoolExecutor(1) as writer, autocast(run):
-        prepared = prepare_ahead(readers, jobs[place::ranks_here], 2 * workers)
-        for _ in tqdm(turns, "caching", disable=not run.accelerator.is_main_process):
-            some = itertools.islice(prepared, several)
-            together(encode_some, run, models, some, writer, on=True, folder=cache_folder(run.args))
+        while max(gather_object([len(jobs) + len(started)])):
+            together(encode_some, run, models, jobs, started, readers, writer, on=True, folder=cache_folder(run.args))
+            progress_bar.update(progress_bar.total - len(jobs) - len(started) - progress_bar.n)
             run.stop.exit_if_asked()
+    progress_bar.close()
 
 
 # === End of stable diffusion ===

@@ -279,7 +279,8 @@ def test_a_flag_that_is_off_shifts_nothing(wide_pictures):
         ("--proportion_empty_prompts", 0.5): {"caption"},
         NOISY: set(),
     }
-    assert {*plain[0, 0]} == {"caption", "time_ids", "pixel_values", "posterior_noise", "noise", "timesteps"}
+    parts = {"caption", "input_ids", "time_ids", "pixel_values", "posterior_noise", "noise", "timesteps"}
+    assert {*plain[0, 0]} == parts
     assert {*drawn_of(wide_pictures, *NOISY)[0, 0]} == {*plain[0, 0], "offset_noise", "perturbation"}
     for flags, names in changed.items():
         bent = {key: drawn_of(wide_pictures, *flags)[key] for key in keys}
