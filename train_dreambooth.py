@@ -33,7 +33,6 @@ they are the same text in every script that has them.
 import argparse
 import collections
 import contextlib
-import copy
 import csv
 import ctypes
 import dataclasses
@@ -822,11 +821,7 @@ def after_step(run, models):
 def sample_picture(run, models, prompt, generator):
     """Generates a validation picture, by the sampler of --validation_scheduler."""
     scheduler = DDPMScheduler if run.args.validation_scheduler == "DDPMScheduler" else DPMSolverMultistepScheduler
-    side = run.resolution
-    pipeline = copy.copy(models.pipeline)  # as the scheduler of the other one is saved
-    pipeline.scheduler = scheduler.from_config(models.pipeline.scheduler.config)
-    images = pipeline(prompt, height=side, width=side, num_inference_steps=SAMPLER_STEPS, generator=generator).images
-    return images[0]
+    return draw_picture(run, models, prompt, generator, scheduler.from_config(models.pipeline.scheduler.config))
 
 
 def trained_text_encoders(models):
@@ -876,13 +871,15 @@ def loading_code(run, models, name):
 #   cache_folder(args) -> path
 #       where latents and embeddings are kept [Flags]
 #
-# What it offers: read_folder, caption_list; picture_and_caption; load_base; encode_batch; base_code, save_pipeline;
-# and two of the engine's hooks, fill_cache and picture_prompts.
+# What it offers: read_folder, caption_list; picture_and_caption; load_base; encode_batch; draw_picture; base_code,
+# save_pipeline; and two of the engine's hooks, fill_cache and picture_prompts.
 
 
 SAMPLER_STEPS = 25  # of a validation picture
 SMALL_SET = 10_000  # latents, of 131 kB at 512 x 512, that --center_crop keeps even if this run meets each just once
 LARGE_SET = 1_000_000  # latents, and no more, are kept of crops at random
+# What a pipeline takes in the place of a prompt, in the order in which encode_prompt returns it.
+CONDITIONING = "prompt_embeds negative_prompt_embeds pooled_prompt_embeds negative_pooled_prompt_embeds".split()
 AHEAD = 8  # pictures that are decoded while others are encoded
 PADDED = {"padding": "max_length", "truncation": True}  # UNets attend to the padding as well
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -1215,7 +1212,8 @@ def load_base(run):
         trained=[],
         params_to_optimize=[],
         ema_unet=None,
-        idle=[],
+        idle=[],  # frozen models that no step needs, which lie on the CPU
+        encoded_prompts={},  # of the validation pictures
     )
 
 
@@ -1250,6 +1248,39 @@ def save_pipeline(pipeline, folder):
             tokenizer = pipeline.components[part]
             tokenizer.backend_tokenizer.model.save(str(Path(folder, part)))  # vocab.json and merges.txt
             Path(folder, part, "added_tokens.json").write_text(json.dumps(tokenizer.get_added_vocab()))
+
+
+def draw_picture(run, models, prompt, generator, scheduler):
+    """Generates a picture. Of what no step needs, the device holds the VAE for its turn, and no text encoder.
+
+    These encode where they lie, on the CPU, once for each prompt.
+    """
+    device, pipeline, vae = run.accelerator.device, models.pipeline, models.vae
+    idle = models.text_encoders[0] in models.idle
+    conditioning = models.encoded_prompts.get(prompt)
+    if conditioning is None:
+        where = "cpu" if idle else device
+        encoded = pipeline.encode_prompt(
+            prompt=prompt, device=where, num_images_per_prompt=1, do_classifier_free_guidance=True
+        )
+        conditioning = {name: tensor.to(device) for name, tensor in zip(CONDITIONING, encoded)}
+        if idle:
+            models.encoded_prompts[prompt] = conditioning
+    apart = dict.fromkeys(part for part in TEXT_ENCODERS if part in pipeline.components)
+    parts = {**pipeline.components, **PIPELINES[type(pipeline).__name__], **apart, "scheduler": scheduler}
+    sampler = type(pipeline)(**parts)
+    sampler.set_progress_bar_config(disable=True)
+    vae.to(device)
+    vae.enable_tiling()  # so that a large picture takes no more memory than a small one
+    side = run.resolution
+    try:
+        pictures = sampler(
+            **conditioning, height=side, width=side, num_inference_steps=SAMPLER_STEPS, generator=generator
+        ).images
+    finally:
+        vae.disable_tiling()
+        vae.to("cpu" if vae in models.idle else device)
+    return pictures[0]
 
 
 def picture_prompts(args):
@@ -1510,8 +1541,8 @@ def fill_entries(run, models, jobs):
 #       a sample of arrays, numbers and texts, with all that it draws, by samples.rng(key, "a name of the draw")
 #   load_models(run) -> models
 #       a namespace of the pipeline, which has the unet without what accelerate wraps it in, noise_scheduler,
-#       sample_shape (of the noise), trained (models), params_to_optimize, ema_unet (None if there is no average) and
-#       idle (frozen models that no step needs). It sets run.resolution.
+#       sample_shape (of the noise), trained (models), params_to_optimize and ema_unet (None if there is no average).
+#       It sets run.resolution.
 #   identity(run, models) -> dict
 #       what a run must have in common with the one that it resumes, beside what check_identity asks for [{}]
 #   fill_cache(run, models, visits)
@@ -2175,15 +2206,13 @@ def validation_keys(held_out):
 @torch.no_grad()
 def validate(run, models, data):
     """Logs the held-out loss and a row of pictures; ranks take turns at both."""
-    for model in (*models.idle, *models.trained):
-        model.to(run.accelerator.device).eval()
+    for model in models.trained:
+        model.eval()
     with averaged_weights(models), autocast(run):
         losses = held_out_losses(run, models, data.held_out)
         images = validation_pictures(run, models)
     for model in models.trained:
         model.train()
-    for model in models.idle:
-        model.to("cpu")
     losses, images = gather_object(losses), sorted(gather_object(images), key=lambda pair: pair[0])
     if losses and len(losses) == len(validation_keys(data.held_out)):  # else a signal came between
         log_row(run, {"step": run.global_step, "validation_loss": math.fsum(losses) / len(losses)})

@@ -708,7 +708,6 @@ def load_models(run):
         trained=[unet],
         params_to_optimize=list(unet.parameters()),
         ema_unet=ema_unet,
-        idle=[],
     )
 
 
@@ -899,8 +898,8 @@ def loading_code(run, models, name):
 #       a sample of arrays, numbers and texts, with all that it draws, by samples.rng(key, "a name of the draw")
 #   load_models(run) -> models
 #       a namespace of the pipeline, which has the unet without what accelerate wraps it in, noise_scheduler,
-#       sample_shape (of the noise), trained (models), params_to_optimize, ema_unet (None if there is no average) and
-#       idle (frozen models that no step needs). It sets run.resolution.
+#       sample_shape (of the noise), trained (models), params_to_optimize and ema_unet (None if there is no average).
+#       It sets run.resolution.
 #   identity(run, models) -> dict
 #       what a run must have in common with the one that it resumes, beside what check_identity asks for [{}]
 #   fill_cache(run, models, visits)
@@ -1564,15 +1563,13 @@ def validation_keys(held_out):
 @torch.no_grad()
 def validate(run, models, data):
     """Logs the held-out loss and a row of pictures; ranks take turns at both."""
-    for model in (*models.idle, *models.trained):
-        model.to(run.accelerator.device).eval()
+    for model in models.trained:
+        model.eval()
     with averaged_weights(models), autocast(run):
         losses = held_out_losses(run, models, data.held_out)
         images = validation_pictures(run, models)
     for model in models.trained:
         model.train()
-    for model in models.idle:
-        model.to("cpu")
     losses, images = gather_object(losses), sorted(gather_object(images), key=lambda pair: pair[0])
     if losses and len(losses) == len(validation_keys(data.held_out)):  # else a signal came between
         log_row(run, {"step": run.global_step, "validation_loss": math.fsum(losses) / len(losses)})

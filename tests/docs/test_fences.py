@@ -316,7 +316,8 @@ def test_args_stay_as_given(path):
 )
 def test_a_write_to_args_is_found(line):
     source = (ROOT / "train_text_to_image.py").read_text()
-    assert len(writes_to_args(source.replace("    progress_bar.close()\n", f"    {line}\n"))) == 1
+    last = "    share = run.checkpoint_seconds"
+    assert len(writes_to_args(source.replace(last, f"    {line}\n{last}"))) == 1
 
 
 @for_each_script

@@ -144,13 +144,14 @@ def test_what_is_published_is_whole(rich, tmp_path):
 def test_modes_and_validation(train, classes, rich, monkeypatch):
     """Both models train in train mode and are validated in eval mode; pictures and their sampler change no weight."""
     samplers = []
-    original = StableDiffusionPipeline.__call__
+    draw_picture = script.draw_picture
 
-    def watching(self, prompt, **settings):
-        samplers.append((type(self.scheduler).__name__, prompt, self.text_encoder.training, self.unet.training))
-        return original(self, prompt, **settings)
+    def watching(run, models, prompt, generator, scheduler):
+        modes = models.pipeline.text_encoder.training, models.pipeline.unet.training
+        samplers.append((type(scheduler).__name__, prompt, *modes))
+        return draw_picture(run, models, prompt, generator, scheduler)
 
-    monkeypatch.setattr(StableDiffusionPipeline, "__call__", watching)
+    monkeypatch.setattr(script, "draw_picture", watching)
     seen = watch(monkeypatch, script)
     flags = (*RICH, *prior(classes), *STEPS, "--max_train_steps", 2, "--validation_steps", 1)
     flags += ("--validation_prompt", "sks", "--num_validation_images", 3)

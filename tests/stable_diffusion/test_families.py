@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from helpers import (
     changed,
+    count_calls,
     encode,
     for_each_family,
     load,
@@ -168,3 +169,33 @@ def test_resuming_is_exact_in_every_family(base, train, step):
     resumed = train("out", *flags, "--resume_from_checkpoint", "latest", base=base)
     assert same(weights(resumed), weights(whole)) and metrics(resumed, "loss") == metrics(whole, "loss")
     assert not same(weights(resumed / "unet"), weights(base / "unet"))
+
+
+# Pictures.
+
+
+@for_each_family
+@pytest.mark.parametrize("idle", [True, False])
+def test_a_validation_picture_is_the_pipelines_own(base, idle, pictures, tmp_path, monkeypatch):
+    """It is what the whole pipeline would draw, whether text encoders lie idle or not, which then encode once."""
+    monkeypatch.setattr(script, "SAMPLER_STEPS", 2)
+    flags = ("--pretrained_model_name_or_path", base, "--resolution", 32, "--output_dir", tmp_path)
+    begun = make_run(script, parse(pictures, *flags))
+    models = script.load_models(begun)
+    models.idle = [*models.text_encoders, models.vae] if idle else []
+    encoded = count_calls(monkeypatch, type(models.pipeline.text_encoder), "forward")
+    scheduler = models.pipeline.scheduler
+    with torch.no_grad():
+        drawn = [
+            script.draw_picture(begun, models, "a cat", torch.Generator().manual_seed(seed), scheduler)
+            for seed in (0, 1)
+        ]
+        taken = len(encoded)
+        whole = models.pipeline(
+            "a cat", height=32, width=32, num_inference_steps=2, generator=torch.Generator().manual_seed(1)
+        ).images[0]
+    assert np.array_equal(np.asarray(drawn[1]), np.asarray(whole))
+    assert not np.array_equal(np.asarray(drawn[0]), np.asarray(whole))
+    of_a_picture = len(encoded) - taken
+    assert taken == (of_a_picture if idle else 2 * of_a_picture)
+    assert not models.vae.use_tiling  # else the next crop that is encoded would be another one
