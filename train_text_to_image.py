@@ -370,6 +370,7 @@ def add_common_flags(parser):
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: as the launcher is configured")
     add("--allow_tf32", **switch, help="TF32 matrix products on Ampere GPUs and later")
     add("--deterministic", **switch, help="kernels that give the same bits each time, for an exact resume on a GPU")
+    add("--torch_compile", **switch, help="compile the UNet's blocks: the first steps take minutes, the others less")
     add("--enable_xformers_memory_efficient_attention", **switch, help="xformers' attention instead of PyTorch's")
 
     add = parser.add_argument_group("optimizer").add_argument
@@ -1680,6 +1681,7 @@ def execute(args, accelerator, stop, lock):
 
     # Training.
     optimizer = prepare_training(run, models)
+    print_memory(run, models)
     if checkpoint:
         load_checkpoint(run, models, optimizer, checkpoint)
     on_main_process(run, prepare_folder, run, checkpoint, data)  # now that nothing else can be refused
@@ -2836,7 +2838,7 @@ def make_accelerator(args):
 
 
 def prepare_unet(run, unet):
-    """Brings the UNet to the device, with the layout, attention and checkpointing that it will use."""
+    """Brings the UNet to the device, with the layout, attention, checkpointing and kernels that it will use."""
     args = run.args
     # bitsandbytes makes the weights contiguous as it steps, so a resumed run would start in another layout.
     layout = torch.contiguous_format if args.use_8bit_adam else torch.channels_last
@@ -2848,6 +2850,12 @@ def prepare_unet(run, unet):
             unet.enable_xformers_memory_efficient_attention()
         except Exception as error:  # it is missing, built for another torch, or there is no GPU
             run.accelerator.print(f"xformers cannot be used ({error}), so PyTorch's own attention is.")
+    if args.torch_compile:
+        torch._dynamo.config.recompile_limit = 1000  # blocks of one class have one code, and many shapes
+        torch._dynamo.config.accumulated_recompile_limit = 10_000
+        for block in unet.modules():
+            if type(block).__name__ in ("BasicTransformerBlock", "ResnetBlock2D"):
+                block.compile(dynamic=False)  # in place, so names stay; each shape by itself, so its bits do, too
 
 
 def make_optimizer(run, groups):
@@ -2958,14 +2966,51 @@ def start_trackers(run, checkpoint):
         raise SystemExit(f"--report_to {args.report_to} cannot start: {error}")
 
 
+def optimizer_bytes(args, weight):
+    """How many bytes the optimizer keeps for a tensor of weights."""
+    count = weight.numel()
+    if vars(args).get("optimizer") == "prodigy":  # two moments, a numerator, and the first weights unless all are zero
+        return 12 * count + 4 * (count if weight.any() else 1)
+    if args.use_8bit_adam and count >= 4096:  # two moments of a byte, with a scale for each block of 256
+        return 2 * count + 2 * 4 * math.ceil(count / 256)
+    return 8 * count
+
+
+def memory_parts(run, models):
+    """Returns the GiB that this process's weights take, and what goes with them, by their names in the header."""
+    device, trained = run.accelerator.device.type, {id(parameter) for parameter in models.params_to_optimize}
+    modules = [part for part in models.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    frozen = [weight for part in modules for weight in part.parameters() if id(weight) not in trained]
+    weights = sum(weight.nbytes for weight in models.params_to_optimize)
+    parts = {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer": sum(optimizer_bytes(run.args, weight) for weight in models.params_to_optimize),
+        "average": weights if models.ema_unet is not None else 0,
+        "frozen": sum(weight.nbytes for weight in frozen if weight.device.type == device),
+    }
+    return {name: size / 2**30 for name, size in parts.items()}
+
+
+def print_memory(run, models):
+    """Says what lies on the device before the first step, but for activations."""
+    parts = memory_parts(run, models)
+    if vars(run.args).get("offload_ema"):
+        del parts["average"]
+    listing = " + ".join(f"{size:.2f} {name}" for name, size in parts.items() if size)
+    room = ""
+    if run.accelerator.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        room = f"; {free / 2**30:.1f} of the GPU's {total / 2**30:.1f} GiB are free now"
+    run.accelerator.print(f"memory     {listing} = {sum(parts.values()):.2f} GiB, and activations{room}")
+
+
 def print_header(run, models, data):
     """Says what the run will do and cost; refuses it if its first checkpoint cannot fit on the disk."""
     args, accelerator = run.args, run.accelerator
-    # Four bytes a weight, four more for its average, and AdamW's two moments of four bytes, or of one.
-    bytes_a_weight = 4 + 4 * (models.ema_unet is not None) + (2 if args.use_8bit_adam else 8)
-    weights = sum(parameter.numel() for parameter in models.params_to_optimize)
-    needed = weights * bytes_a_weight / 2**30
-    result = weights * 4 / 2**30  # at least
+    parts = memory_parts(run, models)
+    needed = sum(parts[name] for name in ("weights", "optimizer", "average"))
+    result = parts["weights"]  # at least
     free = shutil.disk_usage(args.output_dir).free / 2**30
     batch = f"{args.train_batch_size} x {accelerator.num_processes} processes x {args.gradient_accumulation_steps}"
     pictures = f"{len(data.samples)} to train on, {len(data.held_out)} held out"

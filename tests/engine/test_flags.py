@@ -48,6 +48,7 @@ FLAGS = {
     "mixed_precision": ("no", "bf16"),
     "allow_tf32": SWITCH,
     "deterministic": SWITCH,
+    "torch_compile": SWITCH,
     "enable_xformers_memory_efficient_attention": SWITCH,
     "learning_rate": (1e-5, 0.5),
     "scale_lr": SWITCH,

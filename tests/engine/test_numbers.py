@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from helpers import (
     CACHED,
     RANDOM,
@@ -25,10 +25,13 @@ from helpers import (
     same,
     watch,
     weights,
+    write_config,
 )
 from safetensors.torch import load_file, save_file
 
+import train_lora
 import train_text_to_image as script
+import train_unconditional
 
 
 LATEST = ("--resume_from_checkpoint", "latest")
@@ -394,6 +397,33 @@ def test_checkpoints_that_take_long_are_told_of(train, monkeypatch, capsys):
     assert "of the time: a higher --checkpointing_steps takes less" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [script, train_lora, train_unconditional], ids=lambda method: method.__name__)
+def test_compiled_blocks(method, trainer, tiny_model, pictures, tmp_path):
+    """They train alike, under the same names, and a resumed run has the bits of one that was not stopped."""
+    base = tiny_model
+    flags = ("--max_train_steps", 4, "--checkpointing_steps", 2, "--validation_samples", 1, "--validation_steps", 2)
+    if method is train_unconditional:
+        base, flags = tmp_path / "base", (*flags, "--eval_batch_size", 1, "--ddpm_num_inference_steps", 2)
+        DDPMPipeline(UNet2DModel.from_config(write_config(base)), DDPMScheduler()).save_pretrained(base)
+    train = trainer(method, *flags)
+    plain = train("plain", base=base)
+    try:
+        compiled = train("compiled", "--torch_compile", base=base)
+        assert dict(torch._dynamo.utils.counters["frames"])["ok"] > 0
+        shutil.copytree(compiled / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+        torch._dynamo.reset()
+        resumed = train("resumed", "--torch_compile", *LATEST, base=base)
+    finally:
+        torch._dynamo.reset()
+    assert metrics(compiled, "loss") == [
+        (step, pytest.approx(loss, rel=1e-3)) for step, loss in metrics(plain, "loss")
+    ]
+    assert everything(compiled / "checkpoint-4").keys() == everything(plain / "checkpoint-4").keys()
+    assert same(everything(resumed / "checkpoint-4"), everything(compiled / "checkpoint-4"))
+    assert logged(resumed) == logged(compiled)
+
+
 # Losses that are no numbers, and models in memory.
 
 
@@ -429,6 +459,42 @@ def test_a_diverging_run_stops(train, tmp_path, every, kept):
     assert {path.name for path in (tmp_path / "out").glob("*checkpoint*")} == kept
     assert not (tmp_path / "out" / "model_index.json").exists()
     assert all(math.isfinite(loss) for _, loss in metrics(tmp_path / "out", "loss"))
+
+
+@pytest.mark.parametrize(
+    "method, flags",
+    [
+        (script, "--use_ema"),
+        (script, "--use_8bit_adam"),
+        (train_lora, "--mixed_precision bf16"),
+        (train_lora, "--optimizer prodigy --learning_rate 1"),
+    ],
+)
+def test_the_header_counts_memory(method, flags, trainer, monkeypatch, capsys):
+    """What it says of weights, gradients, optimizer and average is what they take once the run has begun."""
+    kept, prepare_training = [], method.prepare_training
+
+    def prepare(run, models):
+        optimizer = prepare_training(run, models)
+        kept.extend((models, optimizer, method.memory_parts(run, models)))
+        return optimizer
+
+    monkeypatch.setattr(method, "prepare_training", prepare)
+    trainer(method)("out", *flags.split())
+    models, optimizer, parts = kept
+    parts = {name: size * 2**30 for name, size in parts.items()}
+    weights = models.params_to_optimize
+    assert parts["weights"] == parts["gradients"] == sum(weight.nbytes for weight in weights)
+    shared = ("step", "qmap1", "qmap2")  # a number, and tables that are the same for all
+    states = [state.items() for state in optimizer.state.values()]
+    assert parts["optimizer"] == sum(
+        value.nbytes for state in states for name, value in state if torch.is_tensor(value) and name not in shared
+    )
+    assert bool(parts["average"]) is ("ema" in flags)
+    everyone = [weight for model in (models.unet, models.vae, *models.text_encoders) for weight in model.parameters()]
+    assert parts["frozen"] == sum(weight.nbytes for weight in everyone) - parts["weights"]
+    total = sum(parts.values()) / 2**30
+    assert f"= {total:.2f} GiB, and activations" in capsys.readouterr().out
 
 
 def test_models_are_loaded_once(train, monkeypatch):
