@@ -504,7 +504,6 @@ def common_problems(args):
     homeless = cache.parts[0] == "~"  # which could not be expanded
     uncached = not args.no_encoding_cache and (homeless or not is_writable(cache))
     either_validation = "give --validation_steps or --validation_epochs, not both"
-    either_cache = "give --encoding_cache_dir or --no_encoding_cache, not both"
     either_start = "give --overwrite_output_dir or --resume_from_checkpoint, not both"
     inside = "has to lie in --output_dir, apart from other runs: tensorboard --logdir takes the folder above them all"
     base = args.pretrained_model_name_or_path
@@ -518,7 +517,6 @@ def common_problems(args):
         (small_rate, "--lr_scheduler polynomial ends at 1e-7: --learning_rate has to be higher"),
         (escapes, f"--tracker_project_name {args.tracker_project_name} leads out of --output_dir"),
         (unpublished, f"--revision is for the Hub, and {base} is on this machine: leave it out"),
-        (args.encoding_cache_dir and args.no_encoding_cache, either_cache),
         (uncached, f"the cache folder {cache} cannot be made or written to: {otherwise}"),
         (args.resolution and args.resolution % 8, f"--resolution {args.resolution} is not a multiple of 8"),
         (args.validation_steps and args.validation_epochs, either_validation),

@@ -364,7 +364,6 @@ MISTAKES = [
     ("--lr_scheduler polynomial --learning_rate 1e-7", "--learning_rate", "1e-7"),
     ("--tracker_project_name ../../elsewhere", "--tracker_project_name ../../elsewhere", "--output_dir"),
     ("--tracker_project_name /tmp/x", "--tracker_project_name /tmp/x", "--output_dir"),
-    ("--encoding_cache_dir x --no_encoding_cache", "--encoding_cache_dir", "--no_encoding_cache"),
     ("--output_dir . --train_data_dir samples", "--train_data_dir samples", "samples that the run writes"),
     ("--logging_dir ../logs", "--logging_dir ../logs", "tensorboard --logdir"),
     ("--output_dir config.yaml", "--output_dir config.yaml", "no folder"),

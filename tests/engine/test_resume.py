@@ -273,12 +273,15 @@ def test_a_folder_that_holds_a_run_is_refused(command, refused, out, uninterrupt
     assert "Traceback" not in said
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     (out / "checkpoint-best").mkdir()
-    for stale in ("samples/step-009999.png", "unet/stale.safetensors", "notes.txt"):
+    for stale in ("samples/step-009999.png", "unet/diffusion_pytorch_model-00001-of-00002.safetensors", "notes.txt"):
         (out / stale).parent.mkdir(exist_ok=True)
         (out / stale).write_text("of the run before, or the user's own")
     run(script, *command(out, "--max_train_steps", 1, "--checkpointing_steps", 1, "--overwrite_output_dir"))
     assert whole_checkpoints(out) == [1] and (out / "checkpoint-best").exists() and (out / "notes.txt").exists()
-    assert not (out / "samples" / "step-009999.png").exists() and not (out / "unet" / "stale.safetensors").exists()
+    assert (
+        not (out / "samples" / "step-009999.png").exists()
+        and not (out / "unet" / "diffusion_pytorch_model-00001-of-00002.safetensors").exists()
+    )
     assert_equal(out / "checkpoint-1", uninterrupted(1))
     assert losses(out / "logs") == losses(uninterrupted(1))
 

@@ -52,7 +52,6 @@ ONE_OF = [
     {"use_dora", "output_kohya_format"},
     {"optimizer", "use_8bit_adam", "scale_lr", "learning_rate", "text_encoder_lr"},
     {"lr_scheduler", "learning_rate"},
-    {"encoding_cache_dir", "no_encoding_cache"},
 ]
 
 
