@@ -1074,7 +1074,8 @@ def check_parts(pipeline, single_file):
         if tokenizer is None or model is None:
             continue
         known, longest = model.config.vocab_size, model.config.max_position_embeddings
-        if not known / 2 < len(tokenizer) <= known or tokenizer.model_max_length > longest:
+        wordless = len(tokenizer) <= len(tokenizer.all_special_tokens)
+        if wordless or len(tokenizer) > known or tokenizer.model_max_length > longest:
             raise ValueError(
                 f"its tokenizer has {len(tokenizer)} words of up to {tokenizer.model_max_length} in a prompt, and its "
                 f"{part} {known} of up to {longest}"

@@ -13,7 +13,7 @@ from tools import sync
 
 def test_named_tests_exist():
     """Every test that a document names as `folder/file.py::name` is defined in that file."""
-    documents = [(ROOT / "docs" / name).read_text() for name in ("defects.md", "reliability.md")]
+    documents = [(ROOT / "docs" / name).read_text() for name in ("defects.md", "gpu_path.md", "reliability.md")]
     named = {pair for text in documents for pair in re.findall(r"([\w/]+\.py)::(\w+)", text)}
     tests = ROOT / "tests"
     trees = {str(path.relative_to(tests)): ast.parse(path.read_text()) for path in tests.glob("*/test_*.py")}

@@ -22,6 +22,7 @@ from helpers import (
     make_pictures,
     make_run,
     metrics,
+    optimizer_state,
     same,
     watch,
     weights,
@@ -303,6 +304,20 @@ def test_steps_that_overflow_are_skipped(train, scaled, tiny_model):
         shutil.copytree(out / f"checkpoint-{step}", folder / f"checkpoint-{step}")
         assert same(weights(train(folder.name, *flags, *LATEST) / "unet"), weights(out / "unet"))
         assert logged(folder) == logged(out)
+
+
+def test_another_precision_goes_on(train, scaled, monkeypatch, capsys):
+    """A run goes on in fp16, and back: the optimizer's state is alike, and on the device of its weights."""
+    usual = script.make_accelerator
+    out = train("out", "--checkpointing_steps", 2)
+    scaled()
+    train("out", "--checkpointing_steps", 2, "--max_train_steps", 6, *LATEST)
+    assert "--mixed_precision was no and is now fp16" in capsys.readouterr().out
+    monkeypatch.setattr(script, "make_accelerator", usual)
+    train("out", "--checkpointing_steps", 2, "--max_train_steps", 8, *LATEST)
+    assert [step for step, _ in metrics(out, "loss")] == [*range(1, 9)]
+    names = [{name for name in optimizer_state(out / f"checkpoint-{step}")} for step in (2, 4, 6, 8)]
+    assert names[0] == names[1] == names[2] == names[3]
 
 
 def test_a_run_that_skips_all_its_steps_ends(train, scaled):

@@ -1,5 +1,7 @@
 """What textual_inversion.py leaves: vectors that load in diffusers, whole pipelines, the card."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -214,3 +216,10 @@ def test_push_the_vectors(hub, train):
     assert {*files} - {".gitattributes"} == {
         name for name in local if not name.startswith((".lock", "checkpoint-", "logs/", "state", "train_args"))
     }
+
+
+def test_deepspeed_is_refused():
+    """It would keep the one tensor that is trained in 16 bits."""
+    accelerator = SimpleNamespace(distributed_type=script.DistributedType.DEEPSPEED)
+    with pytest.raises(SystemExit, match="DeepSpeed would round the new word"):
+        script.prepare_training(SimpleNamespace(accelerator=accelerator), None)
