@@ -374,18 +374,27 @@ def class_pictures(args):
     """Lists the pictures of --class_data_dir, --num_class_images at most; refuses those drawn for another prompt."""
     files = [file for file in list_files(args.class_data_dir) if is_picture(file)][: args.num_class_images]
     for file in files:
-        prompt = drawn_for(file)
-        if prompt not in (None, args.class_prompt):
-            sentence = f"was drawn for {prompt!r}: give that as --class_prompt, or take another --class_data_dir"
-            raise SystemExit(f"{file} {sentence}.")
+        notes = drawn_with(file)
+        if notes.get("class_prompt", args.class_prompt) != args.class_prompt:
+            sentence = f"was drawn for {notes['class_prompt']!r}: give that as --class_prompt"
+            raise SystemExit(f"{file} {sentence}, or take another --class_data_dir.")
+        if notes.get("class_base", base_name(args)) != base_name(args):
+            raise SystemExit(f"{file} was drawn by the base {notes['class_base']}: take another --class_data_dir.")
     return [{"name": str(file), "rows": None, "captions": [args.class_prompt]} for file in files]
 
 
-def drawn_for(file):
-    """Returns the prompt that draw_class_pictures drew a picture for, or None."""
+def base_name(args):
+    """Returns the name of the base, wherever it lies."""
+    base = args.pretrained_model_name_or_path
+    return Path(base).resolve().name if Path(base).exists() else base
+
+
+def drawn_with(file):
+    """Returns the "class_prompt" and "class_base" that draw_class_pictures drew a picture with, if it did."""
     with contextlib.suppress(Exception):  # what is wrong with it, check_records says
         with Image.open(file) as image:
-            return image.info.get("class_prompt")
+            return image.info
+    return {}
 
 
 def missing_class_pictures(args):
@@ -404,6 +413,7 @@ def draw_class_pictures(args, pipeline, names, seed):
     images = pipeline([args.class_prompt] * len(names), generator=generators).images
     notes = PngInfo()
     notes.add_itxt("class_prompt", args.class_prompt)
+    notes.add_itxt("class_base", base_name(args))
     for name, image in zip(names, images):
         png, file = io.BytesIO(), Path(args.class_data_dir, name)
         image.save(png, "png", pnginfo=notes)

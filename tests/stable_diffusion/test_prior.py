@@ -42,6 +42,7 @@ def test_what_is_no_class_picture_is_counted(classes, tmp_path, capsys):
     folder = shutil.copytree(classes, tmp_path / "class")
     (folder / "mine.heic").write_bytes(b"x")
     args = SimpleNamespace(class_data_dir=str(folder), class_prompt=CLASS, num_class_images=9)
+    args.pretrained_model_name_or_path = "me/model"
     assert len(script.missing_class_pictures(args)) == 1
     assert capsys.readouterr().out == "passed over: 1 .heic\n"
 
@@ -59,12 +60,20 @@ def test_class_pictures_are_of_their_prompt(train, classes, tmp_path):
     train("foreign", *prior(classes))
 
 
+def test_class_pictures_are_of_their_base(train, tiny_model, tiny_v_model, tmp_path):
+    """Those that another base drew would teach this one what that one knows."""
+    flags = ("--with_prior_preservation", "--class_data_dir", tmp_path / "class", "--num_class_images", 1)
+    train("out", *flags, "--class_prompt", "a red circle")
+    with pytest.raises(SystemExit, match=f"was drawn by the base {tiny_model.name}: take another --class_data_dir"):
+        train("other", *flags, "--class_prompt", "a red circle", base=tiny_v_model)
+
+
 def test_class_pictures_that_another_run_draws_meanwhile(train, tmp_path, monkeypatch):
     """Two runs draw into one folder for unlike prompts: the second does not train on what the first drew."""
     folder, draw = tmp_path / "class", script.draw_class_pictures
 
     def drawn_by_another(args, pipeline, names, seed):
-        other = SimpleNamespace(class_data_dir=args.class_data_dir, class_prompt="a green square")
+        other = SimpleNamespace(**vars(args) | {"class_prompt": "a green square"})
         pipeline = lambda prompts, generator: SimpleNamespace(images=[Image.new("RGB", (8, 8))])  # noqa: E731
         draw(other, pipeline, names, seed)
 
@@ -77,7 +86,7 @@ def test_class_pictures_that_another_run_draws_meanwhile(train, tmp_path, monkey
 def test_class_pictures_of_another_run_are_not_replaced(tmp_path):
     """Two runs that draw into one folder keep what came first, as the other may already train on it."""
     (tmp_path / "class-00000.png").write_bytes(b"first")
-    args = SimpleNamespace(class_data_dir=str(tmp_path), class_prompt=CLASS)
+    args = SimpleNamespace(class_data_dir=str(tmp_path), class_prompt=CLASS, pretrained_model_name_or_path="me/model")
     images = [Image.new("RGB", (8, 8))] * 2
     pipeline = lambda prompts, generator: SimpleNamespace(images=images)  # noqa: E731
     script.draw_class_pictures(args, pipeline, ["class-00000.png", "class-00001.png"], 0)
