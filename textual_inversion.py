@@ -2093,7 +2093,7 @@ def snr_weights(noise_scheduler, timesteps, snr_gamma):
 
 
 def prepare_average(run, models):
-    """Brings the average, if there is one, to its device, in the weights' layout, without which it would be slow."""
+    """Brings the average, if there is one, to its device, in the layout and precision that the weights have there."""
     if models.ema_unet is not None:
         device = torch.device("cpu") if run.args.offload_ema else run.accelerator.device
         pinned = device.type == "cpu" and run.accelerator.device.type == "cuda"

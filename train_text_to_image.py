@@ -767,10 +767,10 @@ def identity(run, models):
 def prepare_training(run, models):
     """Brings the UNet, its average and a new optimizer to the device; returns the optimizer."""
     prepare_unet(run, models.unet)
-    prepare_average(run, models)
     groups = [{"params": models.params_to_optimize, "lr": run.args.learning_rate}]
     models.unet, optimizer = run.accelerator.prepare(models.unet, make_optimizer(run, groups))
     models.trained = [models.unet]  # as accelerate wrapped it
+    prepare_average(run, models)
     return optimizer
 
 
@@ -2124,7 +2124,7 @@ def snr_weights(noise_scheduler, timesteps, snr_gamma):
 
 
 def prepare_average(run, models):
-    """Brings the average, if there is one, to its device, in the weights' layout, without which it would be slow."""
+    """Brings the average, if there is one, to its device, in the layout and precision that the weights have there."""
     if models.ema_unet is not None:
         device = torch.device("cpu") if run.args.offload_ema else run.accelerator.device
         pinned = device.type == "cpu" and run.accelerator.device.type == "cuda"
