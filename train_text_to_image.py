@@ -1550,8 +1550,8 @@ def fill_entries(run, models, jobs):
 #       the lines that load the result by its name, and make a picture
 #
 # What it offers them: list_files, is_picture, print_passed_over, digest, file_state, model_settings, weights_digest,
-# replace_file; samples.rng, .choose_crop, .pixels; prepare_unet, make_optimizer; prediction_target, snr_weights;
-# together, on_main_process, save_result.
+# replace_file; samples.rng, .choose_crop, .pixels; prepare_unet, prepare_average, make_optimizer; autocast,
+# prediction_target, snr_weights; together, on_main_process, save_result.
 
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}

@@ -17,8 +17,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = """
+import os
 import accelerate, diffusers, peft, torch, transformers
 pipeline = diffusers.StableDiffusionPipeline.from_pretrained("demo/base", safety_checker=None, use_safetensors=True)
+os._exit(0)
 """
 SCRIPT = """
 import os, sys, time
