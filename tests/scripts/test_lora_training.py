@@ -304,3 +304,13 @@ def test_two_processes_train_adapters_as_one(start, train, tiny_model, pictures,
     moved = math.fsum(t.double().square().sum() for name, t in first.items() if "lora_B" in name)
     apart = math.fsum((t - second[name]).double().square().sum() for name, t in first.items())
     assert apart < 1e-4 * moved
+
+
+def test_the_default_alpha_by_its_number(train):
+    """To name what is the default anyway makes no other adapter."""
+    out = train("out", "--checkpointing_steps", 2)
+    more = ("--max_train_steps", 4, "--resume_from_checkpoint", "latest")
+    train("out", "--lora_alpha", 4, *more)
+    assert [step for step, _ in metrics(out, "loss")] == [1, 2, 3, 4]
+    with pytest.raises(SystemExit, match="another adapter"):
+        train("out", "--lora_alpha", 5, *more)
