@@ -889,7 +889,7 @@ SMALL_SET = 10_000  # latents, of 131 kB at 512 x 512, that --center_crop keeps 
 LARGE_SET = 1_000_000  # latents, and no more, are kept of crops at random
 # What a pipeline takes in the place of a prompt, in the order in which encode_prompt returns it.
 CONDITIONING = "prompt_embeds negative_prompt_embeds pooled_prompt_embeds negative_pooled_prompt_embeds".split()
-AHEAD = 8  # pictures that are decoded while others are encoded
+AHEAD = 16  # pictures, at most, that are decoded while others are encoded
 PADDED = {"padding": "max_length", "truncation": True}  # UNets attend to the padding as well
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}  # of a scheduler that ends in noise alone
@@ -1491,11 +1491,11 @@ def write_entry(file, tensors):
 
 
 @torch.no_grad()
-def encode_some(run, models, jobs, started, readers, writer):
-    """Does jobs for about a second: starts their readers some ahead, encodes, and has a thread write the entries."""
+def encode_some(run, models, jobs, started, ahead, readers, writer):
+    """Does jobs for about a second: reads for so many ahead, encodes, and has a thread write the entries."""
     written, end = [], time.monotonic() + 1
     while (jobs or started) and time.monotonic() < end and not run.stop.signum:
-        while jobs and len(started) < AHEAD:
+        while jobs and len(started) < ahead:
             encode, prepare, *arguments = jobs.popleft()
             started.append((encode, readers.submit(prepare, *arguments)))
         encode, inputs = started.popleft()
@@ -1515,11 +1515,16 @@ def fill_entries(run, models, jobs):
     ranks_here = min(map(hosts.count, hosts))
     place = hosts[: run.accelerator.process_index].count(socket.gethostname())
     jobs, started = collections.deque(jobs[place::ranks_here]), collections.deque()
-    workers = max(1, min(AHEAD, os.cpu_count() // ranks_here))
+    on_cpu = run.accelerator.device.type == "cpu"
+    # On a CPU, what decodes takes from what encodes, unless the latter leaves cores free.
+    free = os.cpu_count() // ranks_here - (torch.get_num_threads() if on_cpu else 0)
+    workers = max(1, min(AHEAD // 2, free))
+    ahead = 2 * workers if free > 0 else 1
     progress_bar = tqdm(desc="caching", total=len(jobs), disable=not run.accelerator.is_main_process)
     with ThreadPoolExecutor(workers) as readers, ThreadPoolExecutor(1) as writer, autocast(run):
         while max(gather_object([len(jobs) + len(started)])):
-            together(encode_some, run, models, jobs, started, readers, writer, on=True, folder=cache_folder(run.args))
+            some = (run, models, jobs, started, ahead, readers, writer)
+            together(encode_some, *some, on=True, folder=cache_folder(run.args))
             progress_bar.update(progress_bar.total - len(jobs) - len(started) - progress_bar.n)
             run.stop.exit_if_asked()
     progress_bar.close()
