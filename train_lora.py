@@ -364,6 +364,9 @@ def class_records(run):
         return []
     fill_class_pictures(run)
     records = check_records(run, class_pictures(run.args))
+    bases = {drawn_with(record["name"]).get("class_base", base_name(run.args)) for record in records}
+    if others := bases - {base_name(run.args)}:
+        run.accelerator.print(f"prior      some of the class pictures were drawn by {', '.join(sorted(others))}")
     run.accelerator.print(
         f"prior      {len(records)} pictures of the class, one beside each of the subject in a batch"
     )
@@ -378,15 +381,13 @@ def class_pictures(args):
         if notes.get("class_prompt", args.class_prompt) != args.class_prompt:
             sentence = f"was drawn for {notes['class_prompt']!r}: give that as --class_prompt"
             raise SystemExit(f"{file} {sentence}, or take another --class_data_dir.")
-        if notes.get("class_base", base_name(args)) != base_name(args):
-            raise SystemExit(f"{file} was drawn by the base {notes['class_base']}: take another --class_data_dir.")
     return [{"name": str(file), "rows": None, "captions": [args.class_prompt]} for file in files]
 
 
 def base_name(args):
     """Returns the name of the base, wherever it lies."""
     base = args.pretrained_model_name_or_path
-    return Path(base).resolve().name if Path(base).exists() else base
+    return Path(base).resolve().name if Path(base).exists() else base.split("/")[-1]
 
 
 def drawn_with(file):
@@ -517,7 +518,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong with the flags, without listing them all."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {re.sub('hf_[A-Za-z0-9_]+', 'hf_...', message)}\n")
+        self.exit(2, f"{self.prog}: error: {re.sub('(?<![/.])hf_[A-Za-z0-9]+', 'hf_...', message)}\n")
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -548,7 +549,7 @@ def add_common_flags(parser):
     cache = "where checks, latents and embeddings are kept (~/.cache/diffusion-training)"
     add("--encoding_cache_dir", type=path_name, help=cache)
     add("--no_encoding_cache", **switch, help="keep none of them, and run the frozen models in every step")
-    workers = "processes that load pictures (default: up to 8 on a GPU, none on a CPU)"
+    workers = "processes that load pictures (default: up to 8 on Linux with a GPU, otherwise none)"
     add("--dataloader_num_workers", type=natural_int, help=workers)
 
     add = parser.add_argument_group("training").add_argument
@@ -1148,7 +1149,7 @@ def kohya_tensors(models):
         for key, tensor in get_peft_model_state_dict(model).items():
             layer, side = re.fullmatch(r"(.*)\.lora_([AB])\.weight", file_key(part, key)).groups()
             if xl and part == "unet":
-                layer = sgm_name(layer, models.unet.config.layers_per_block)
+                layer = sgm_name(layer, models.pipeline.unet.config.layers_per_block)
             layer = f"{prefixes[part]}_{layer.replace('.', '_')}"
             tensors[f"{layer}.{'lora_down' if side == 'A' else 'lora_up'}.weight"] = tensor.contiguous()
             tensors[f"{layer}.alpha"] = torch.tensor(alpha)
@@ -1604,7 +1605,8 @@ def draw_picture(run, models, prompt, generator, scheduler):
     sampler = type(pipeline)(**parts)
     sampler.set_progress_bar_config(disable=True)
     vae.to(device)
-    vae.enable_tiling()  # so that a large picture takes no more memory than a small one
+    if run.resolution > 1024:  # which would take more memory than training
+        vae.enable_tiling()
     side = run.resolution
     try:
         pictures = sampler(
@@ -1627,7 +1629,7 @@ def picture_prompts(args):
 
 def encode_pixels(models, pixel_values):
     """Returns "mean" and "std" of the latents' posterior, each (bsz, 4, h, w) in float32."""
-    pixel_values = pixel_values.to(models.vae.device, non_blocking=True)
+    pixel_values = pixel_values.to(models.vae.device, non_blocking=pixel_values.is_pinned())
     # One picture a forward pass: a batch-mate changes the last bits.
     posteriors = [models.vae.encode(pixels[None]).latent_dist for pixels in pixel_values]
     return {name: torch.cat([getattr(p, name) for p in posteriors]).float() for name in ("mean", "std")}
@@ -1646,7 +1648,7 @@ def encode_prompts(models, input_ids, prompts):
     hidden_states, xl = [], len(models.text_encoders) > 1
     for text_encoder, ids in zip(models.text_encoders, input_ids.unbind(1)):
         # One prompt a forward pass, as with pictures, unless gradients have to flow back through a single one.
-        rows = ids.to(text_encoder.device, non_blocking=True).split(len(ids) if text_encoder.training else 1)
+        rows = ids.to(text_encoder.device).split(len(ids) if text_encoder.training else 1)
         outputs = [text_encoder(row, output_hidden_states=xl) for row in rows]
         # SDXL takes both encoders' last layer but one (arXiv:2307.01952, section 2.1).
         hidden_states.append(torch.cat([out.hidden_states[-2] if xl else out[0] for out in outputs]).float())
@@ -1692,6 +1694,7 @@ def fill_cache(run, models, visits):
         run.accelerator.print("cache      off")
         return
     models.idle, setting, jobs, files, once = frozen, encoder_setting(run), {}, set(), []
+    on_gpu = run.accelerator.device.type == "cuda"
     for samples, keys, count in visits:
         crops, captions = plan_cache(run, samples, keys, count, models.text_encoders[0] in frozen)
         if crops is None:
@@ -1704,7 +1707,8 @@ def fill_cache(run, models, visits):
             file = samples.cached_latents[crop] = latents_file(run, models, setting, samples, crop)
             upright = crop._replace(flip=False)  # for both, the picture is decoded once
             first = latents_file(run, models, setting, samples, upright)
-            jobs.setdefault(first, (encode_pixels, crop_inputs, samples, upright, {}))[-1][crop.flip] = file
+            flips = jobs.setdefault(first, (encode_pixels, crop_inputs, samples, upright, {}, on_gpu))[-2]
+            flips[crop.flip] = file
             files.add(file)
         for caption in captions or ():
             file = samples.cached_embeddings[caption] = embeddings_file(run, models, setting, caption)
@@ -1755,8 +1759,8 @@ def encoder_setting(run):
     """Lists what the bits of all cache entries depend on, apart from the encoder and its input."""
     device = run.accelerator.device.type
     kernels = [torch.get_num_threads()] if device == "cpu" else [run.args.allow_tf32, run.args.deterministic]
-    if device == "cuda":
-        kernels.append(torch.cuda.get_device_name())
+    if device == "cuda":  # of all ranks, as each fills its part for the others
+        kernels.append(sorted(gather_object([torch.cuda.get_device_name()])))
     libraries = [version(library) for library in ("torch", "diffusers", "transformers", "Pillow")]
     return (run.accelerator.mixed_precision, device, *kernels, *libraries)
 
@@ -1794,12 +1798,12 @@ def entry_is_whole(file):
         return False
 
 
-def crop_inputs(samples, crop, files):
+def crop_inputs(samples, crop, files, on_gpu):
     """Returns by file what encode_pixels takes for the entries of a crop, and of it mirrored, that are to be made."""
     missing = {flip: file for flip, file in files.items() if not entry_is_whole(file)}
     pixels = samples.pixels(crop)[None] if missing else None
-    pixels = pixels.pin_memory() if missing and torch.cuda.is_available() else pixels
-    return {file: (pixels.flip(-1) if flip else pixels,) for flip, file in missing.items()}
+    inputs = {file: pixels.flip(-1) if flip else pixels for flip, file in missing.items()}
+    return {file: (pixels.pin_memory() if on_gpu else pixels,) for file, pixels in inputs.items()}
 
 
 def caption_inputs(samples, caption, file):
@@ -1840,7 +1844,7 @@ def fill_entries(run, models, jobs):
     jobs, started = collections.deque(jobs[place::ranks_here]), collections.deque()
     on_cpu = run.accelerator.device.type == "cpu"
     # On a CPU, what decodes takes from what encodes, unless the latter leaves cores free.
-    free = os.cpu_count() // ranks_here - (torch.get_num_threads() if on_cpu else 0)
+    free = available_cpus() // ranks_here - (torch.get_num_threads() if on_cpu else 0)
     workers = max(1, min(AHEAD // 2, free))
     ahead = 2 * workers if free > 0 else 1
     progress_bar = tqdm(desc="caching", total=len(jobs), disable=not run.accelerator.is_main_process)
@@ -2192,13 +2196,19 @@ class Samples(torch.utils.data.Dataset):
         return torch.from_numpy(image).permute(2, 0, 1).contiguous() / 127.5 - 1
 
 
+def available_cpus():
+    """How many CPU cores this process may use, of those that the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def load_batches(run, data):
     """Yields this rank's batches of the steps that are left: its slice of a step's keys for each micro-step."""
     rank, world_size = run.accelerator.process_index, run.accelerator.num_processes
     steps, micro_steps = range(run.global_step, run.max_train_steps), run.args.gradient_accumulation_steps
     on_gpu, num_workers = run.accelerator.device.type == "cuda", run.args.dataloader_num_workers
-    if num_workers is None:
-        num_workers = min(8, os.cpu_count() // torch.cuda.device_count()) if on_gpu else 0
+    if num_workers is None:  # where they are not forked, each would import the libraries again
+        cheap = on_gpu and multiprocessing.get_start_method() == "fork"
+        num_workers = min(8, available_cpus() // torch.cuda.device_count()) if cheap else 0
 
     def batch_keys():
         for step in steps:
@@ -2479,12 +2489,12 @@ def snr_weights(noise_scheduler, timesteps, snr_gamma):
 
 
 def prepare_average(run, models):
-    """Brings the average, if there is one, to its device, in the layout and precision that the weights have there."""
+    """Brings the average, if there is one, to its device, in the weights' layout, without which it would be slow."""
     if models.ema_unet is not None:
         device = torch.device("cpu") if run.args.offload_ema else run.accelerator.device
         pinned = device.type == "cpu" and run.accelerator.device.type == "cuda"
         models.ema_unet.shadow_params = [
-            torch.empty_like(weight, device=device, pin_memory=pinned, requires_grad=False).copy_(shadow)
+            torch.empty_like(weight, dtype=shadow.dtype, device=device, pin_memory=pinned).copy_(shadow)
             for weight, shadow in zip(models.params_to_optimize, models.ema_unet.shadow_params)
         ]
 
@@ -2497,11 +2507,13 @@ def update_average(run, models):
         return
     average.optimization_step += 1
     share = 1 - average.get_decay(average.optimization_step)
-    if not run.args.offload_ema:  # EMAModel.step would take a copy of all weights, or a kernel for each of them
-        torch._foreach_lerp_(average.shadow_params, models.params_to_optimize, share)
+    shadows, weights = average.shadow_params, models.params_to_optimize
+    if not run.args.offload_ema and shadows[0].dtype == weights[0].dtype:
+        # EMAModel.step takes a copy of all weights, or a kernel for each.
+        torch._foreach_lerp_(shadows, weights, share)
         return
-    for shadow, weight in zip(average.shadow_params, models.params_to_optimize):
-        moved = shadow.to(weight.device, non_blocking=True).lerp_(weight, share)
+    for shadow, weight in zip(shadows, weights):  # under DeepSpeed, these are in half precision, and it is not
+        moved = shadow.to(weight.device, non_blocking=True).lerp_(weight.to(shadow.dtype), share)
         shadow.copy_(moved, non_blocking=shadow.is_pinned())  # whoever reads it has read the step's numbers before
 
 
@@ -2518,6 +2530,7 @@ def averaged_weights(models):
             models.ema_unet.restore(models.params_to_optimize)
 
 
+@torch.no_grad()
 def load_average(models, folder):
     """Reads a checkpoint's average of the weights, if there is one."""
     if models.ema_unet is not None:
@@ -2786,7 +2799,8 @@ def mark_end(run):
     output_dir = Path(run.args.output_dir)
     files = results(output_dir)
     flush(*files, *{path.parent for path in files})
-    names = [path.relative_to(output_dir).as_posix() for path in files if path.suffix not in (".md", ".png")]
+    kept = [path for path in files if path.suffix not in (".md", ".png") and "-steps-" not in path.name]
+    names = [path.relative_to(output_dir).as_posix() for path in kept]
     replace_file(output_dir / "state.json", state_text(run, names).encode())
 
 
@@ -3146,6 +3160,10 @@ def make_accelerator(args):
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision not in ("no", "fp16", "bf16"):
         raise SystemExit(f"The launcher's precision {precision} is not supported: give --mixed_precision bf16 or no.")
+    if precision == "bf16" and parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise SystemExit(
+            "DeepSpeed lets no autocast into a model, as bf16 needs it: give --mixed_precision fp16 or no."
+        )
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of which the matrix products have to know
         torch.use_deterministic_algorithms(True)
@@ -3298,8 +3316,8 @@ def prepare_folder(run, checkpoint, data):
     if validation_is_due(run, data):
         rows = [row for row in rows if not row.startswith(again)]
     metrics = "".join(f"{row}\n" for row in rows)
+    write_train_args(run)  # first, as it says whose the rest is
     replace_file(Path(run.args.output_dir, run.args.logging_dir, "metrics.jsonl"), metrics.encode())
-    write_train_args(run)
 
 
 def start_trackers(run, checkpoint):
@@ -3351,6 +3369,8 @@ def print_memory(run, models):
     parts = memory_parts(run, models)
     if vars(run.args).get("offload_ema"):
         del parts["average"]
+    if run.accelerator.distributed_type == DistributedType.DEEPSPEED:  # which shares it, or keeps it off the device
+        del parts["optimizer"]
     listing = " + ".join(f"{size:.2f} {name}" for name, size in parts.items() if size)
     room = ""
     if run.accelerator.device.type == "cuda":

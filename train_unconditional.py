@@ -307,7 +307,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong with the flags, without listing them all."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {re.sub('hf_[A-Za-z0-9_]+', 'hf_...', message)}\n")
+        self.exit(2, f"{self.prog}: error: {re.sub('(?<![/.])hf_[A-Za-z0-9]+', 'hf_...', message)}\n")
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -338,7 +338,7 @@ def add_common_flags(parser):
     cache = "where checks, latents and embeddings are kept (~/.cache/diffusion-training)"
     add("--encoding_cache_dir", type=path_name, help=cache)
     add("--no_encoding_cache", **switch, help="keep none of them, and run the frozen models in every step")
-    workers = "processes that load pictures (default: up to 8 on a GPU, none on a CPU)"
+    workers = "processes that load pictures (default: up to 8 on Linux with a GPU, otherwise none)"
     add("--dataloader_num_workers", type=natural_int, help=workers)
 
     add = parser.add_argument_group("training").add_argument
@@ -1210,13 +1210,19 @@ class Samples(torch.utils.data.Dataset):
         return torch.from_numpy(image).permute(2, 0, 1).contiguous() / 127.5 - 1
 
 
+def available_cpus():
+    """How many CPU cores this process may use, of those that the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def load_batches(run, data):
     """Yields this rank's batches of the steps that are left: its slice of a step's keys for each micro-step."""
     rank, world_size = run.accelerator.process_index, run.accelerator.num_processes
     steps, micro_steps = range(run.global_step, run.max_train_steps), run.args.gradient_accumulation_steps
     on_gpu, num_workers = run.accelerator.device.type == "cuda", run.args.dataloader_num_workers
-    if num_workers is None:
-        num_workers = min(8, os.cpu_count() // torch.cuda.device_count()) if on_gpu else 0
+    if num_workers is None:  # where they are not forked, each would import the libraries again
+        cheap = on_gpu and multiprocessing.get_start_method() == "fork"
+        num_workers = min(8, available_cpus() // torch.cuda.device_count()) if cheap else 0
 
     def batch_keys():
         for step in steps:
@@ -1497,12 +1503,12 @@ def snr_weights(noise_scheduler, timesteps, snr_gamma):
 
 
 def prepare_average(run, models):
-    """Brings the average, if there is one, to its device, in the layout and precision that the weights have there."""
+    """Brings the average, if there is one, to its device, in the weights' layout, without which it would be slow."""
     if models.ema_unet is not None:
         device = torch.device("cpu") if run.args.offload_ema else run.accelerator.device
         pinned = device.type == "cpu" and run.accelerator.device.type == "cuda"
         models.ema_unet.shadow_params = [
-            torch.empty_like(weight, device=device, pin_memory=pinned, requires_grad=False).copy_(shadow)
+            torch.empty_like(weight, dtype=shadow.dtype, device=device, pin_memory=pinned).copy_(shadow)
             for weight, shadow in zip(models.params_to_optimize, models.ema_unet.shadow_params)
         ]
 
@@ -1515,11 +1521,13 @@ def update_average(run, models):
         return
     average.optimization_step += 1
     share = 1 - average.get_decay(average.optimization_step)
-    if not run.args.offload_ema:  # EMAModel.step would take a copy of all weights, or a kernel for each of them
-        torch._foreach_lerp_(average.shadow_params, models.params_to_optimize, share)
+    shadows, weights = average.shadow_params, models.params_to_optimize
+    if not run.args.offload_ema and shadows[0].dtype == weights[0].dtype:
+        # EMAModel.step takes a copy of all weights, or a kernel for each.
+        torch._foreach_lerp_(shadows, weights, share)
         return
-    for shadow, weight in zip(average.shadow_params, models.params_to_optimize):
-        moved = shadow.to(weight.device, non_blocking=True).lerp_(weight, share)
+    for shadow, weight in zip(shadows, weights):  # under DeepSpeed, these are in half precision, and it is not
+        moved = shadow.to(weight.device, non_blocking=True).lerp_(weight.to(shadow.dtype), share)
         shadow.copy_(moved, non_blocking=shadow.is_pinned())  # whoever reads it has read the step's numbers before
 
 
@@ -1536,6 +1544,7 @@ def averaged_weights(models):
             models.ema_unet.restore(models.params_to_optimize)
 
 
+@torch.no_grad()
 def load_average(models, folder):
     """Reads a checkpoint's average of the weights, if there is one."""
     if models.ema_unet is not None:
@@ -1804,7 +1813,8 @@ def mark_end(run):
     output_dir = Path(run.args.output_dir)
     files = results(output_dir)
     flush(*files, *{path.parent for path in files})
-    names = [path.relative_to(output_dir).as_posix() for path in files if path.suffix not in (".md", ".png")]
+    kept = [path for path in files if path.suffix not in (".md", ".png") and "-steps-" not in path.name]
+    names = [path.relative_to(output_dir).as_posix() for path in kept]
     replace_file(output_dir / "state.json", state_text(run, names).encode())
 
 
@@ -2164,6 +2174,10 @@ def make_accelerator(args):
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision not in ("no", "fp16", "bf16"):
         raise SystemExit(f"The launcher's precision {precision} is not supported: give --mixed_precision bf16 or no.")
+    if precision == "bf16" and parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise SystemExit(
+            "DeepSpeed lets no autocast into a model, as bf16 needs it: give --mixed_precision fp16 or no."
+        )
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of which the matrix products have to know
         torch.use_deterministic_algorithms(True)
@@ -2316,8 +2330,8 @@ def prepare_folder(run, checkpoint, data):
     if validation_is_due(run, data):
         rows = [row for row in rows if not row.startswith(again)]
     metrics = "".join(f"{row}\n" for row in rows)
+    write_train_args(run)  # first, as it says whose the rest is
     replace_file(Path(run.args.output_dir, run.args.logging_dir, "metrics.jsonl"), metrics.encode())
-    write_train_args(run)
 
 
 def start_trackers(run, checkpoint):
@@ -2369,6 +2383,8 @@ def print_memory(run, models):
     parts = memory_parts(run, models)
     if vars(run.args).get("offload_ema"):
         del parts["average"]
+    if run.accelerator.distributed_type == DistributedType.DEEPSPEED:  # which shares it, or keeps it off the device
+        del parts["optimizer"]
     listing = " + ".join(f"{size:.2f} {name}" for name, size in parts.items() if size)
     room = ""
     if run.accelerator.device.type == "cuda":

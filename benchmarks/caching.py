@@ -77,7 +77,7 @@ def main():
             upright = samples.choose_crop((0, index))._replace(flip=False)
             flips = {flip: upright._replace(flip=flip) for flip in (False, True)}
             files = {flip: script.latents_file(run, models, setting, samples, crop) for flip, crop in flips.items()}
-            jobs.append((encode, script.crop_inputs, samples, upright, files))
+            jobs.append((encode, script.crop_inputs, samples, upright, files, False))
         ways = {"one after the other": one_after_the_other, "ahead and behind": script.fill_entries}
         rates, idle = {way: [] for way in ways}, {way: [] for way in ways}
         for _ in range(3):

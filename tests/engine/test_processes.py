@@ -162,6 +162,13 @@ def test_a_launchers_nonsense_is_refused(name, value, train, monkeypatch):
         train("out")
 
 
+def test_deepspeed_in_bf16_is_refused(train, monkeypatch):
+    """Its engine turns autocast off, and of the precisions that need it, casts inputs in fp16 alone."""
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(SystemExit, match="DeepSpeed .* give --mixed_precision fp16 or no"):
+        train("out", "--mixed_precision", "bf16")
+
+
 def test_processes_of_an_earlier_launch(train, monkeypatch, tmp_path):
     """A number of processes that is left in the environment leaves no gap in the cache."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
