@@ -2704,7 +2704,11 @@ def load_checkpoint(run, models, optimizer, checkpoint):
     given = [{name: group[name] for name in flags if name in group} for group in optimizer.param_groups]
     load_weights(models, checkpoint)
     load_average(models, checkpoint)
+    scaler = run.accelerator.scaler
+    if not (checkpoint / "scaler.pt").exists():  # it was not in fp16, so the scaler starts anew
+        run.accelerator.scaler = None
     run.accelerator.load_state(checkpoint)
+    run.accelerator.scaler = scaler
     for group, settings in zip(optimizer.param_groups, given):
         group.update(settings, initial_lr=settings["lr"])
 
