@@ -90,6 +90,7 @@ DEFAULTS = {
     "tracker_project_name": "dreambooth",
 }
 NEEDS = {
+    "num_validation_images": "validation_prompt",
     "num_class_images": "with_prior_preservation",
     "sample_batch_size": "with_prior_preservation",
     "prior_generation_precision": "with_prior_preservation",
@@ -1370,8 +1371,9 @@ def fill_cache(run, models, visits):
     if run.args.no_encoding_cache:
         run.accelerator.print("cache      off")
         return
-    models.idle, setting, jobs, files, once = frozen, encoder_setting(run), {}, set(), []
-    on_gpu = run.accelerator.device.type == "cuda"
+    on_gpu, setting = run.accelerator.device.type == "cuda", encoder_setting(run)
+    jobs, flips, files, once = {}, {}, set(), []
+    models.idle = frozen
     for samples, keys, count in visits:
         crops, captions = plan_cache(run, samples, keys, count, models.text_encoders[0] in frozen)
         if crops is None:
@@ -1384,8 +1386,8 @@ def fill_cache(run, models, visits):
             file = samples.cached_latents[crop] = latents_file(run, models, setting, samples, crop)
             upright = crop._replace(flip=False)  # for both, the picture is decoded once
             first = latents_file(run, models, setting, samples, upright)
-            flips = jobs.setdefault(first, (encode_pixels, crop_inputs, samples, upright, {}, on_gpu))[-2]
-            flips[crop.flip] = file
+            flips.setdefault(first, {})[crop.flip] = file
+            jobs[first] = (encode_pixels, crop_inputs, samples, upright, flips[first], on_gpu)
             files.add(file)
         for caption in captions or ():
             file = samples.cached_embeddings[caption] = embeddings_file(run, models, setting, caption)

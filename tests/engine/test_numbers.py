@@ -6,12 +6,14 @@ import os
 import shutil
 import time
 import traceback
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers.training_utils import EMAModel
 from helpers import (
     CACHED,
     RANDOM,
@@ -367,6 +369,32 @@ def test_the_average_has_the_layout_of_the_weights(tiny_model, pictures, tmp_pat
     strides = [weight.stride() for weight in models.params_to_optimize]
     assert [shadow.stride() for shadow in models.ema_unet.shadow_params] == strides
     assert any(not weight.is_contiguous() for weight in models.params_to_optimize)
+
+
+def test_an_average_of_weights_in_half_precision():
+    """It stays in float32, where small steps towards the weights are not rounded away, as under DeepSpeed."""
+    weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    models = SimpleNamespace(ema_unet=EMAModel([torch.zeros(4)]), params_to_optimize=[weight])
+    models.ema_unet.optimization_step = 10**5  # by when it moves by a ten-thousandth
+    run = SimpleNamespace(
+        args=SimpleNamespace(offload_ema=False), accelerator=SimpleNamespace(device=torch.device("cpu"))
+    )
+    script.prepare_average(run, models)
+    for _ in range(10):
+        script.update_average(run, models)
+    (average,) = models.ema_unet.shadow_params
+    torch.testing.assert_close(average, torch.full((4,), 1 - 0.9999**10))
+
+
+def test_a_resumed_average_holds_no_other_model(train, monkeypatch):
+    """Reading it keeps no gradient's path to the model that it was read from, which would stay in memory."""
+    kept, load_average = [], script.load_average
+    monkeypatch.setattr(
+        script, "load_average", lambda models, folder: (load_average(models, folder), kept.append(models))
+    )
+    train("out", "--use_ema", "--checkpointing_steps", 2)
+    train("out", "--use_ema", "--max_train_steps", 6, *LATEST)
+    assert not any(shadow.requires_grad for shadow in kept[0].ema_unet.shadow_params)
 
 
 class Waits(torch.utils._python_dispatch.TorchDispatchMode):
