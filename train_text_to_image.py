@@ -1257,10 +1257,10 @@ def draw_picture(run, models, prompt, generator, scheduler):
     vae.to(device)
     if run.resolution > 1024:  # which would take more memory than training
         vae.enable_tiling()
-    side = run.resolution
+    side, steps = run.resolution, min(SAMPLER_STEPS, len(models.noise_scheduler.betas))
     try:
         pictures = sampler(
-            **conditioning, height=side, width=side, num_inference_steps=SAMPLER_STEPS, generator=generator
+            **conditioning, height=side, width=side, num_inference_steps=steps, generator=generator
         ).images
     finally:
         vae.disable_tiling()
@@ -3086,9 +3086,10 @@ class Output:
         """Writes what can be written, in parts that the pipe to a reader has room for once that reads."""
         with contextlib.suppress(OSError):
             for start in range(0, len(text), 1000):
-                if self.is_read():
-                    self.stream.write(text[start : start + 1000])
-                    self.stream.flush()
+                if not self.is_read():
+                    break
+                self.stream.write(text[start : start + 1000])
+                self.stream.flush()
         return len(text)
 
     def flush(self):

@@ -2449,9 +2449,10 @@ class Output:
         """Writes what can be written, in parts that the pipe to a reader has room for once that reads."""
         with contextlib.suppress(OSError):
             for start in range(0, len(text), 1000):
-                if self.is_read():
-                    self.stream.write(text[start : start + 1000])
-                    self.stream.flush()
+                if not self.is_read():
+                    break
+                self.stream.write(text[start : start + 1000])
+                self.stream.flush()
         return len(text)
 
     def flush(self):

@@ -25,6 +25,8 @@ for name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_TOKEN", "HUGGING_FACE_HUB_
     os.environ.pop(name, None)
 # A shell has its background jobs ignore this, and so would every launcher that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):  # which nohup has them ignore
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import forked
 import pytest

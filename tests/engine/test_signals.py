@@ -303,7 +303,7 @@ def test_a_signal_while_caching(ranks, start, command, tmp_path):
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("last", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_validation_that_is_cut_short_is_made_up_for(last, start, command, tmp_path):
     """The run that goes on has the rows and pictures of one that was never stopped."""
     prompts = ("--validation_prompts", *(f"a circle {i}" for i in range(4)), "--validation_samples", 2)

@@ -313,4 +313,4 @@ def test_the_default_alpha_by_its_number(train):
     train("out", "--lora_alpha", 4, *more)
     assert [step for step, _ in metrics(out, "loss")] == [1, 2, 3, 4]
     with pytest.raises(SystemExit, match="another adapter"):
-        train("out", "--lora_alpha", 5, *more)
+        train("out", "--lora_alpha", 5, *more, "--max_train_steps", 5)
