@@ -29,10 +29,10 @@ demo-lora: .venv/.installed
 	.venv/bin/python demo/lora_scales.py outputs/demo-lora
 
 test: .venv/.installed-dev
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 test-all: .venv/.installed-dev
-	.venv/bin/python -m pytest -m ""
+	.venv/bin/python -m pytest -n 2 --dist loadfile -m ""
 
 quality: .venv/.installed-dev
 	.venv/bin/ruff check .

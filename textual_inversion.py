@@ -86,7 +86,11 @@ DEFAULTS = {
     "validation_steps": 100,
     "tracker_project_name": "textual_inversion",
 }
-NEEDS = {"num_validation_images": "validation_prompt"}
+NEEDS = {
+    "num_validation_images": "validation_prompt",
+    "validation_steps": "validation_prompt or validation_prompts or validation_samples",
+    "validation_epochs": "validation_prompt or validation_prompts or validation_samples",
+}
 
 
 def add_flags(parser):
@@ -171,7 +175,7 @@ def stable_diffusion_problems(args):
 #       the script's defaults of flags that every script has; output_dir, learning_rate, train_batch_size, a number of
 #       epochs or steps, of epochs or steps between validations, and tracker_project_name have no other
 #   NEEDS
-#       flags of the script that do nothing without another one, or another value of it [{}]
+#       flags of the script that do nothing without another one, or a value of it, or a third ("a or b c or d") [{}]
 #   add_flags(parser)
 #       adds the flags that not every script has; --pretrained_model_name_or_path and --resolution have to be there
 #   check_flags(args) -> list
@@ -213,8 +217,10 @@ TRACKERS += ["all", "none"]
 SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "timestamp")}
 SHOWN_TOKEN = "--hub_token: the machine's other users, and accelerate launch's error messages, show the command line. "
 SHOWN_TOKEN += "Rather log in with `hf auth login`, or set HF_TOKEN."
-# Flags of every script that do nothing without another one, or another value of it.
+# Flags of every script that do nothing without others, as in NEEDS.
+WARMED = "linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup"
 COMMON_NEEDS = {
+    "lr_warmup_steps": " or ".join(f"lr_scheduler {shape}" for shape in WARMED),
     "lr_num_cycles": "lr_scheduler cosine_with_restarts",
     "lr_power": "lr_scheduler polynomial",
     "hub_model_id": "push_to_hub",
@@ -473,12 +479,17 @@ def read_config(parser, argv):
 
 
 def print_idle(args, usual):
-    """Says which flags were given and do nothing, as another one that they need was not."""
+    """Says which flags were given and do nothing, as none of those that they need was."""
     for flag, needed in (COMMON_NEEDS | NEEDS).items():
-        name, *value = needed.split()
-        fulfilled = getattr(args, name) in value if value else getattr(args, name)
-        if getattr(args, flag) != usual[flag] and not fulfilled:
-            print(f"--{flag} does nothing without --{needed}.", file=sys.stderr)
+        given = getattr(args, flag)
+        if given and given != usual[flag] and not any(is_given(args, words) for words in needed.split(" or ")):
+            print(f"--{flag} does nothing without --{needed.replace(' or ', ' or --')}.", file=sys.stderr)
+
+
+def is_given(args, words):
+    """Tells whether a flag is set, or has the value that stands behind its name."""
+    name, *value = words.split()
+    return getattr(args, name) in value if value else bool(getattr(args, name))
 
 
 def parse_args(argv=None):
@@ -495,7 +506,7 @@ def parse_args(argv=None):
     typed = {word.split("=")[0] for word in argv}
     for flag in REFUSED.keys() & typed:
         parser.error(f"{flag}: {REFUSED[flag]}")
-    usual = {action.dest: action.default for action in parser._actions}
+    usual = {action.dest: action.default for action in parser._actions} | DEFAULTS
     parser.set_defaults(**read_config(parser, argv))
     args, unknown = parser.parse_known_args(argv)
     if unknown and not unknown[0].startswith("--"):  # which may be a token

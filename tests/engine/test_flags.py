@@ -418,6 +418,9 @@ def test_needed(capsys, name):
     assert f"--{name}" in refusal(capsys, written({name: None}) + typed(needed(name)))
 
 
+VALIDATED = "--validation_prompt", "--validation_prompts", "--validation_samples"
+
+
 @pytest.mark.parametrize(
     "flags, said",
     [
@@ -427,6 +430,11 @@ def test_needed(capsys, name):
         ({"lr_num_cycles": 2}, "--lr_num_cycles does nothing without --lr_scheduler cosine_with_restarts.\n"),
         ({"lr_num_cycles": 2, "lr_scheduler": "cosine_with_restarts"}, ""),
         ({"lr_power": 1.0}, ""),
+        ({"lr_warmup_steps": 0}, ""),
+        ({"lr_warmup_steps": 5, "lr_scheduler": "linear"}, ""),
+        ({"num_validation_images": 0}, ""),
+        ({"validation_steps": 5}, f"--validation_steps does nothing without {' or '.join(VALIDATED)}.\n"),
+        ({"validation_steps": 5, "validation_samples": 1}, ""),
         ({"hub_model_id": "me/model"}, "--hub_model_id does nothing without --push_to_hub.\n"),
     ],
 )

@@ -149,8 +149,9 @@ def test_what_flags_need_is_there(name):
     script = importlib.import_module(name)
     actions = {action.dest: action for action in flags_of_parser(script).values()}
     for flag, needed in (script.COMMON_NEEDS | script.NEEDS).items():
-        other, *values = needed.split()
-        assert flag in actions and other in actions and {*values} <= {*(actions[other].choices or ())}
+        for words in needed.split(" or "):
+            other, *values = words.split()
+            assert flag in actions and other in actions and {*values} <= {*(actions[other].choices or ())}
 
 
 @pytest.mark.parametrize("name", NEEDED)
