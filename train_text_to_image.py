@@ -822,9 +822,10 @@ def after_step(run, models):
 # What is generated and saved
 
 
-def sample_picture(run, models, prompt, generator):
-    """Generates a validation picture."""
-    return draw_picture(run, models, prompt, generator, models.pipeline.scheduler)
+def sample_pictures(run, models, prompts, generators):
+    """Generates validation pictures."""
+    scheduler = models.pipeline.scheduler
+    return [draw_picture(run, models, prompt, generator, scheduler) for prompt, generator in zip(prompts, generators)]
 
 
 def save_weights(models, folder):
@@ -864,10 +865,11 @@ def loading_code(run, models, name):
 #       where latents and embeddings are kept [Flags]
 #
 # What it offers: read_folder, caption_list; picture_and_caption; load_base; encode_batch; draw_picture; base_code,
-# save_pipeline; and two of the engine's hooks, fill_cache and picture_prompts.
+# save_pipeline; and three of the engine's hooks, fill_cache, picture_prompts and SAMPLED_AT_ONCE.
 
 
 SAMPLER_STEPS = 25  # of a validation picture
+SAMPLED_AT_ONCE = 1  # so that no batch-mate changes a picture, and an SDXL one fits beside what is trained
 SMALL_SET = 10_000  # latents, of 131 kB at 512 x 512, that --center_crop keeps even if this run meets each just once
 LARGE_SET = 1_000_000  # latents, and no more, are kept of crops at random
 # What a pipeline takes in the place of a prompt, in the order in which encode_prompt returns it.
@@ -1557,8 +1559,10 @@ def fill_entries(run, models, jobs):
 #       whatever else follows an optimizer step, on all ranks [None]
 #   picture_prompts(args) -> prompts
 #       of the validation pictures, one each [[], or Stable Diffusion]
-#   sample_picture(run, models, prompt, generator) -> PIL image
-#       generates a validation picture
+#   sample_pictures(run, models, prompts, generators) -> PIL images
+#       generates validation pictures
+#   SAMPLED_AT_ONCE
+#       how many of them at most [1, or Stable Diffusion]
 #   save_weights(models, folder)
 #       writes the weights that are trained, for a checkpoint, on rank 0; the engine writes their average
 #   load_weights(models, folder)
@@ -2242,15 +2246,30 @@ def held_out_losses(run, models, held_out):
     return losses
 
 
+class SamplingStopped(Exception):
+    """A signal came while validation pictures were drawn."""
+
+
+def give_up_at_a_signal(run, *_):
+    """Ends the drawing of pictures, before a forward pass, once a signal has come: a picture takes up to minutes."""
+    if run.stop.signum:
+        raise SamplingStopped
+
+
 def validation_pictures(run, models):
     """Generates this rank's share of the validation pictures: pairs of a prompt's place and its picture."""
-    main_process, images = run.accelerator.is_main_process, []
+    accelerator, images = run.accelerator, []
     models.pipeline.set_progress_bar_config(disable=True)
     prompts = list(enumerate(picture_prompts(run.args)))
-    mine = prompts[run.accelerator.process_index :: run.accelerator.num_processes]
-    for i, prompt in tqdm(mine, "sampling", leave=False, disable=not main_process):
-        if not run.stop.signum:
-            images.append((i, sample_picture(run, models, prompt, torch.Generator().manual_seed(i))))
+    mine = prompts[accelerator.process_index :: accelerator.num_processes]
+    hook = models.pipeline.unet.register_forward_pre_hook(functools.partial(give_up_at_a_signal, run))
+    turns = range(0, len(mine), SAMPLED_AT_ONCE)
+    with contextlib.suppress(SamplingStopped):
+        for first in tqdm(turns, "sampling", leave=False, disable=not accelerator.is_main_process):
+            places, texts = zip(*mine[first : first + SAMPLED_AT_ONCE])
+            generators = [torch.Generator().manual_seed(place) for place in places]
+            images += zip(places, sample_pictures(run, models, texts, generators))
+    hook.remove()
     return images
 
 

@@ -638,6 +638,7 @@ from tqdm.contrib.concurrent import thread_map
 PUBLISHED = "README.md model_index.json samples/step-[0-9]*.png scheduler/scheduler_config.json".split()
 MODEL = "config.json {0}.safetensors {0}-*-of-*.safetensors {0}.safetensors.index.json"
 PUBLISHED += [f"unet/{name}" for name in MODEL.format("diffusion_pytorch_model").split()]
+SAMPLED_AT_ONCE = 16  # validation pictures
 CARD = {"pipeline_tag": "unconditional-image-generation", "tags": ["ddpm"]}
 # The UNet of a run that gives neither weights nor a config: 113.7 million weights.
 NEW_UNET = {
@@ -845,10 +846,10 @@ def picture_prompts(args):
     return [""] * args.eval_batch_size
 
 
-def sample_picture(run, models, prompt, generator):
-    """Generates a validation picture."""
+def sample_pictures(run, models, prompts, generators):
+    """Generates validation pictures. The prompts are empty."""
     steps = sampling_steps(run.args, models)
-    return models.pipeline(generator=generator, num_inference_steps=steps).images[0]
+    return models.pipeline(batch_size=len(prompts), generator=generators, num_inference_steps=steps).images
 
 
 def sampling_steps(args, models):
@@ -918,8 +919,10 @@ def loading_code(run, models, name):
 #       whatever else follows an optimizer step, on all ranks [None]
 #   picture_prompts(args) -> prompts
 #       of the validation pictures, one each [[], or Stable Diffusion]
-#   sample_picture(run, models, prompt, generator) -> PIL image
-#       generates a validation picture
+#   sample_pictures(run, models, prompts, generators) -> PIL images
+#       generates validation pictures
+#   SAMPLED_AT_ONCE
+#       how many of them at most [1, or Stable Diffusion]
 #   save_weights(models, folder)
 #       writes the weights that are trained, for a checkpoint, on rank 0; the engine writes their average
 #   load_weights(models, folder)
@@ -1603,15 +1606,30 @@ def held_out_losses(run, models, held_out):
     return losses
 
 
+class SamplingStopped(Exception):
+    """A signal came while validation pictures were drawn."""
+
+
+def give_up_at_a_signal(run, *_):
+    """Ends the drawing of pictures, before a forward pass, once a signal has come: a picture takes up to minutes."""
+    if run.stop.signum:
+        raise SamplingStopped
+
+
 def validation_pictures(run, models):
     """Generates this rank's share of the validation pictures: pairs of a prompt's place and its picture."""
-    main_process, images = run.accelerator.is_main_process, []
+    accelerator, images = run.accelerator, []
     models.pipeline.set_progress_bar_config(disable=True)
     prompts = list(enumerate(picture_prompts(run.args)))
-    mine = prompts[run.accelerator.process_index :: run.accelerator.num_processes]
-    for i, prompt in tqdm(mine, "sampling", leave=False, disable=not main_process):
-        if not run.stop.signum:
-            images.append((i, sample_picture(run, models, prompt, torch.Generator().manual_seed(i))))
+    mine = prompts[accelerator.process_index :: accelerator.num_processes]
+    hook = models.pipeline.unet.register_forward_pre_hook(functools.partial(give_up_at_a_signal, run))
+    turns = range(0, len(mine), SAMPLED_AT_ONCE)
+    with contextlib.suppress(SamplingStopped):
+        for first in tqdm(turns, "sampling", leave=False, disable=not accelerator.is_main_process):
+            places, texts = zip(*mine[first : first + SAMPLED_AT_ONCE])
+            generators = [torch.Generator().manual_seed(place) for place in places]
+            images += zip(places, sample_pictures(run, models, texts, generators))
+    hook.remove()
     return images
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from diffusers import UNet2DConditionModel
 from helpers import (
     ENDLESS,
     assert_equal,
@@ -327,7 +328,7 @@ def test_a_validation_that_is_cut_short_is_made_up_for(last, start, command, tmp
 
 @pytest.mark.launch
 def test_a_signal_while_sampling(start, command, uninterrupted, tmp_path):
-    """Validation ends after the picture at hand, half a grid is not kept, and the run goes on well."""
+    """Validation ends, half a grid is not kept, and the run goes on well."""
     prompts = ("--validation_prompts", *(f"a circle {i}" for i in range(300)))
     process = start(command(tmp_path / "out", *ENDLESS, *prompts))
     process.until(lambda: re.search(r"sampling: .* [1-9]\d*/300", process.output()))
@@ -337,3 +338,23 @@ def test_a_signal_while_sampling(start, command, uninterrupted, tmp_path):
     more = ("--max_train_steps", 3, "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest")
     finish(start, command(tmp_path / "out", *more))
     assert_equal(tmp_path / "out" / "checkpoint-3", uninterrupted(3))
+
+
+def test_a_signal_gives_up_a_picture(train, monkeypatch):
+    """A picture can take minutes, so it is given up before the next forward pass, and the run goes on later."""
+    forward, passes = UNet2DConditionModel.forward, []
+
+    def forward_with_signal(*args, **kwargs):
+        passes.append(1)
+        if len(passes) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", forward_with_signal)
+    flags = ("--max_train_steps", 1, "--validation_prompt", "a circle", "--num_validation_images", 2)
+    with pytest.raises(SystemExit) as end:
+        train("out", *flags)
+    assert end.value.code == 143 and len(passes) == 1
+    out = train("out", *flags, "--resume_from_checkpoint", "latest")
+    assert len(passes) == 1 + 4 + 1 + 4  # two pictures of two steps each, before and after a step
+    assert len(list((out / "samples").iterdir())) == 2
