@@ -329,7 +329,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong with the flags, without listing them all."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {re.sub('(?<![/.])hf_[A-Za-z0-9]+', 'hf_...', message)}\n")
+        self.exit(2, f"{self.prog}: error: {re.sub('(?<![/.])hf_[A-Za-z0-9]{20,}', 'hf_...', message)}\n")
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -596,13 +596,14 @@ def parse_args(argv=None):
     typed = {word.split("=")[0] for word in argv}
     for flag in REFUSED.keys() & typed:
         parser.error(f"{flag}: {REFUSED[flag]}")
-    usual = {action.dest: action.default for action in parser._actions} | DEFAULTS
+    usual = {action.dest: action.default for action in parser._actions}
     parser.set_defaults(**read_config(parser, argv))
     args, unknown = parser.parse_known_args(argv)
     if unknown and not unknown[0].startswith("--"):  # which may be a token
         parser.error("a word stands there that belongs to no flag: quote values that have blanks, and see to `=`")
     if unknown:
         parser.error(unrecognized(unknown[0].split("=")[0], parser._option_string_actions))
+    given = argparse.Namespace(**vars(args))
     for name, other in REPLACES.items():
         if getattr(args, name) is None and getattr(args, other) is None:
             setattr(args, name, DEFAULTS.get(name))
@@ -610,7 +611,7 @@ def parse_args(argv=None):
         if problem:
             parser.error(sentence)
     if os.environ.get("RANK", "0") == "0":  # of several processes, one says it
-        print_idle(args, usual)
+        print_idle(given, usual)
         if "--hub_token" in typed:
             print(SHOWN_TOKEN, file=sys.stderr)
     return args
@@ -665,7 +666,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 # The method: its pictures, what a sample draws, its models and their loss, what it saves.
 
 # What is uploaded, or deleted to start anew: no checkpoints, no logs, no arguments with their local paths.
-MODEL = "config.json {0}.safetensors {0}-*-of-*.safetensors {0}.safetensors.index.json"
+MODEL = "config.json {0}.safetensors {0}-[0-9]*-of-[0-9]*.safetensors {0}.safetensors.index.json"
 TOKENIZER = "tokenizer_config.json tokenizer.json special_tokens_map.json added_tokens.json vocab.json merges.txt"
 FOLDERS = {
     "unet": MODEL.format("diffusion_pytorch_model"),
@@ -969,8 +970,13 @@ def read_caption(file):
 def caption_list(captions):
     """Returns what there is to draw from: the captions of a string, of a list, or of nothing, without empty ones."""
     captions = captions if isinstance(captions, list) else [captions]
-    captions = [str(caption) if isinstance(caption, int) else caption for caption in captions]  # as in a .csv
+    captions = [str(caption) if is_number(caption) else caption for caption in captions]  # as in a .csv
     return [text.strip() for text in captions if isinstance(text, str) and text.strip()]
+
+
+def is_number(caption):
+    """Tells whether a caption is a number, and not the one that stands for nothing."""
+    return isinstance(caption, (int, float)) and caption == caption
 
 
 def draw_caption(samples, key, proportion_empty=0):
@@ -1038,7 +1044,7 @@ def open_variant(args, parts, variant):
     name = config["_class_name"]
     if name not in PIPELINES:
         raise SystemExit(f"{base} is a {name}, and this script trains {' and '.join(PIPELINES)}.")
-    return getattr(diffusers, name).from_pretrained(
+    pipeline = getattr(diffusers, name).from_pretrained(
         base,
         revision=args.revision,
         variant=variant,
@@ -1048,6 +1054,8 @@ def open_variant(args, parts, variant):
         **PIPELINES[name],
         **parts,
     )
+    pipeline.opened_by = {"revision": args.revision, "variant": variant}  # for base_code
+    return pipeline
 
 
 def open_single_file(args, parts):
@@ -1223,8 +1231,9 @@ def base_code(run, models, name):
     pipeline, scheduler = type(models.pipeline).__name__, models.pipeline.scheduler
     single_file = base.endswith(".safetensors")
     opened = "from_single_file" if single_file else "from_pretrained"
-    config = f", config={config!r}" if config else ""
-    code = f"import diffusers\n\npipeline = diffusers.{pipeline}.{opened}({base!r}{config})\n"
+    settings = {"config": config} if single_file else models.pipeline.opened_by
+    settings = "".join(f", {name}={value!r}" for name, value in settings.items() if value)
+    code = f"import diffusers\n\npipeline = diffusers.{pipeline}.{opened}({base!r}{settings})\n"
     if vae:
         code += f"pipeline.vae = diffusers.AutoencoderKL.from_pretrained({vae!r})\n"
     if args.prediction_type or args.rescale_betas_zero_snr or single_file:  # otherwise it samples as the base does
@@ -1392,8 +1401,9 @@ def plan_cache(run, samples, keys, count, frozen_text):
     """
     args, side = run.args, samples.resolution
     all_captions = {caption for record in samples.records for caption in record["captions"]} if frozen_text else set()
-    if frozen_text and vars(args).get("proportion_empty_prompts"):
-        all_captions.add("")
+    empty = vars(args).get("proportion_empty_prompts")
+    if frozen_text and empty:
+        all_captions = {""} if empty == 1 else all_captions | {""}
     number_of_crops = len(samples)
     if not args.center_crop:
         sizes = [samples.choose_crop((0, index)) for index in range(len(samples))]
@@ -1461,20 +1471,26 @@ def entry_is_whole(file):
 
 
 def crop_inputs(samples, crop, files, on_gpu):
-    """Returns by file what encode_pixels takes for the entries of a crop, and of it mirrored, that are to be made."""
+    """Returns by file the picture's name and what encode_pixels takes for the entries of a crop, and of it mirrored.
+
+    Those of entries that are whole are left out.
+    """
     missing = {flip: file for flip, file in files.items() if not entry_is_whole(file)}
     pixels = samples.pixels(crop)[None] if missing else None
     inputs = {file: pixels.flip(-1) if flip else pixels for flip, file in missing.items()}
-    return {file: (pixels.pin_memory() if on_gpu else pixels,) for file, pixels in inputs.items()}
+    name = samples.records[crop.index]["name"]
+    return {file: (name, (pixels.pin_memory() if on_gpu else pixels,)) for file, pixels in inputs.items()}
 
 
 def caption_inputs(samples, caption, file):
-    """Returns by file what encode_prompts takes for the entry of a caption, if it is to be made."""
-    return {} if entry_is_whole(file) else {file: (tokenize(samples.tokenizers, caption)[None], [caption])}
+    """Returns by file the caption and what encode_prompts takes for its entry, if it is to be made."""
+    return {} if entry_is_whole(file) else {file: (caption, (tokenize(samples.tokenizers, caption)[None], [caption]))}
 
 
-def write_entry(file, tensors):
-    """Writes a cache entry."""
+def write_entry(file, name, tensors):
+    """Writes a cache entry of a picture or a caption, which its name names in a refusal."""
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise SystemExit(f"What the frozen models make of {name!r} is not finite: take another --mixed_precision.")
     tensors = {name: tensor[0].cpu().contiguous() for name, tensor in tensors.items()}
     replace_file(file, save(tensors, {"crc32": tensors_checksum(tensors)}))
 
@@ -1488,8 +1504,8 @@ def encode_some(run, models, jobs, started, ahead, readers, writer):
             encode, prepare, *arguments = jobs.popleft()
             started.append((encode, readers.submit(prepare, *arguments)))
         encode, inputs = started.popleft()
-        for file, given in inputs.result().items():
-            written.append(writer.submit(write_entry, file, encode(models, *given)))
+        for file, (name, given) in inputs.result().items():
+            written.append(writer.submit(write_entry, file, name, encode(models, *given)))
     for entry in written:
         entry.result()
 
@@ -1529,7 +1545,8 @@ def fill_entries(run, models, jobs):
 # nothing to do, or which fence has the hook already.
 #
 #   PUBLISHED
-#       patterns of the files of a result, and of no others: they are uploaded, or deleted to start anew
+#       patterns of the files of a result, and of no others: they are uploaded, or deleted to start anew; in them,
+#       [0-9]* is a number
 #   CARD
 #       what the model card's header says of the method [{}]
 #   cache_folder(args) -> path
@@ -1584,6 +1601,7 @@ STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"} & {*dir(signal)}
 # What a run that is killed may have been writing: a checkpoint, or a file that replace_file was to put in place.
 WHOLE = r"README\.md|train_args\.yaml|state\.json|metrics\.jsonl|step-\d+\.png|[\w-]+\.safetensors"
 TORN = rf"\.checkpoint-\d+\.tmp|\.({WHOLE})\.[0-9a-f]+\.tmp"
+CARD_MARK = "<!-- written by a training script: {} -->"
 UNSAVED = {"config", "hub_token", "overwrite_output_dir", "resume_from_checkpoint"}
 
 
@@ -1670,24 +1688,28 @@ def execute(args, accelerator, stop, lock):
     run, checkpoint, settings = begin_run(args, accelerator, stop)
     run.lock_id = lock_id
     repo_id = Path(args.output_dir).resolve().name
-    if args.push_to_hub:
-        repo_id = on_main_process(run, open_repository, args)
 
     # Data.
-    records = check_records(run, read_records(args))
-    records, held_out_records = split_records(args, records, run.seed)
-    records_of_class = class_records(run)
-    sizes = len(records), len(records_of_class)
-    records = records + records_of_class
+    with stop.ending_at_once():
+        if args.push_to_hub:
+            repo_id = on_main_process(run, open_repository, args)
+        records = read_records(args)
+    records, held_out_records = split_records(args, check_records(run, records), run.seed)
+    sizes = len(records), args.num_class_images if vars(args).get("with_prior_preservation") else 0
     plan_steps(run, sizes)
     if on_main_process(run, has_ended, run):
         if args.push_to_hub:
-            on_main_process(run, publish, args, repo_id)
+            with stop.ending_at_once():
+                on_main_process(run, publish, args, repo_id)
         return
+    if run.global_step > run.max_train_steps:
+        raise SystemExit(f"{checkpoint} is beyond the {run.max_train_steps} steps that are asked for: ask for more.")
+    records = records + class_records(run)
 
     # Models.
     torch.manual_seed(run.seed)  # for weights that start at random
-    models = load_models(run)
+    with stop.ending_at_once():
+        models = load_models(run)
     list_changes(run, settings)
     check_identity(run, models, records, held_out_records)
     data = make_data(run, models, records, held_out_records, sizes)
@@ -1717,8 +1739,10 @@ def execute(args, accelerator, stop, lock):
     code = loading_code(run, models, str(Path(args.output_dir).resolve()))
     accelerator.print(f"The result is in {args.output_dir}. To load it:\n\n{code}\n")
     stop.exit_if_asked()
+    end_trackers(accelerator)
     if args.push_to_hub:
-        on_main_process(run, publish, args, repo_id)
+        with stop.ending_at_once():
+            on_main_process(run, publish, args, repo_id)
 
 
 # The run and its data
@@ -2281,11 +2305,14 @@ def log_pictures(run, images):
     for tracker in run.accelerator.trackers:
         if hasattr(tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"validation": np.stack(images)}, step=run.global_step, **layout)
+            with outliving_trackers(run.accelerator):
+                tracker.log_images({"validation": np.stack(images)}, step=run.global_step, **layout)
 
 
 def log_row(run, row):
     """Appends a row of numbers to metrics.jsonl and sends it to the trackers."""
+    # Of a step that was skipped, some are not finite, and JSON has no word for these.
+    row = {name: value if math.isfinite(value) else None for name, value in row.items()}
     if run.accelerator.is_main_process:
         check_lock(run)
         logs = Path(run.args.output_dir, run.args.logging_dir)
@@ -2293,7 +2320,26 @@ def log_row(run, row):
         with open(logs / "metrics.jsonl", "a") as metrics:
             metrics.write(json.dumps(row) + "\n")
     values = {name: value for name, value in row.items() if name != "step" and value is not None}
-    run.accelerator.log(values, step=row["step"])
+    with outliving_trackers(run.accelerator):
+        run.accelerator.log(values, step=row["step"])
+
+
+@contextlib.contextmanager
+def outliving_trackers(accelerator):
+    """Goes on without trackers once one fails, as its server or its process may be gone."""
+    try:
+        yield
+    except Exception as error:  # anything: each tracker has errors of its own
+        print(f"\n--report_to failed ({error}): the run goes on without it. metrics.jsonl has all numbers.")
+        accelerator.trackers = []
+
+
+def end_trackers(accelerator):
+    """Has the trackers write what they hold, and drops them."""
+    with outliving_trackers(accelerator):
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    accelerator.trackers = []
 
 
 class FinishedStep:
@@ -2331,14 +2377,14 @@ def log_steps(run, data, progress_bar, unread, keep):
         skipped = numbers.pop("skipped")
         asked_to_stop |= numbers.pop("asked_to_stop") > 0
         row = step.row | numbers
-        if not skipped and not math.isfinite(row["loss"] + row["grad_norm"]):
+        # The scaler of fp16 scales gradients: a loss that is not finite is none of its doing.
+        if not math.isfinite(row["loss"]) or not (skipped or math.isfinite(row["grad_norm"])):
             files = "\n  ".join(sorted({data.samples.records[index]["name"] for _, index in step.keys}))
             raise SystemExit(
                 f"Step {row['step']} has loss {row['loss']} and gradient norm {row['grad_norm']}, so the run "
                 f"stops; earlier checkpoints are good. Lower the learning rate, or look at its pictures:\n  {files}"
             )
-        # Of a step that was skipped, some are not finite, and JSON has no word for these.
-        log_row(run, {name: value if math.isfinite(value) else None for name, value in row.items()})
+        log_row(run, row)
         progress_bar.update()
         progress_bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_second']:.1f} images/s")
     return asked_to_stop
@@ -2356,11 +2402,19 @@ def peak_memory(accelerator):
 # Stopping
 
 
+def is_launcher(pid):
+    """Tells whether a process is accelerate's launcher, by its command line on Linux."""
+    with contextlib.suppress(OSError):
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return any(Path(os.fsdecode(word)).name.startswith("accelerate") for word in command[:3])  # python, -m, it
+    return False
+
+
 class StopFlag:
     """Remembers the first signal that asks the run to stop; a SIGINT after it stops at once."""
 
     def __init__(self):
-        self.signum = 0
+        self.signum, self.at_once = 0, False
 
     def listen(self):
         """Takes the signals from here on; until then each ends the process, which may be waiting for others."""
@@ -2369,11 +2423,20 @@ class StopFlag:
             if not (name == "SIGHUP" and ignored):  # by nohup
                 signal.signal(getattr(signal, name), self.set)
         # accelerate's launcher forwards nothing to a lone process, so a parent that vanishes counts as SIGTERM.
-        if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ:
+        if sys.platform == "linux" and "RANK" not in os.environ and is_launcher(os.getppid()):
             PR_SET_PDEATHSIG = 1
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
+    @contextlib.contextmanager
+    def ending_at_once(self):
+        """Has a signal end the process at once, where it may wait for the network and can lose nothing."""
+        self.at_once = True
+        yield
+        self.at_once = False
+
     def set(self, signum, frame):
+        if self.at_once:
+            os._exit(128 + signum)  # without waiting for threads that wait for the network
         if signum == signal.SIGINT and self.signum:
             raise KeyboardInterrupt
         self.signum = self.signum or signum
@@ -2599,7 +2662,12 @@ def check_folder(args):
 
 def results(output_dir):
     """Lists what there is of what a run leaves, but not what a link leads to."""
-    paths = [path for pattern in PUBLISHED for path in sorted(output_dir.glob(pattern))]
+    names = []
+    for pattern in PUBLISHED:
+        found = sorted(path.relative_to(output_dir).as_posix() for path in output_dir.glob(pattern))
+        exact = re.escape(pattern).replace(re.escape("[0-9]*"), "[0-9]+")  # to glob, that is a digit and anything
+        names += [name for name in found if re.fullmatch(exact, name)]
+    paths = [output_dir / name for name in names]
     return [path for path in paths if path.parent == output_dir or not path.parent.is_symlink()]
 
 
@@ -2794,10 +2862,20 @@ def write_model_card(run, models, repo_id):
         points, curve = loss_curve(losses)
         card.append(f"{run.global_step} steps. Loss from {points[0]:.4f} to {points[-1]:.4f}: `{curve}`")
     for row in rows:
-        if "validation_loss" in row:
+        if row.get("validation_loss") is not None:
             card.append(f"Held-out loss at step {row['step']}: {row['validation_loss']:.4f}")
     card.append(settings_table(run.settings()) + "\n")
-    replace_file(Path(args.output_dir, "README.md"), "\n\n".join(card).encode())
+    text, file = "\n\n".join(card), Path(args.output_dir, "README.md")
+    if file.exists() and not is_untouched(file):
+        os.replace(file, file.with_suffix(".old.md"))
+        print(f"{file} was edited, so it is README.old.md now, beside the new one.")
+    replace_file(file, f"{text}\n{CARD_MARK.format(digest(text))}\n".encode())
+
+
+def is_untouched(card):
+    """Tells whether a model card is as a run wrote it, by the mark in its last line."""
+    text, _, mark = card.read_text(errors="replace").rstrip("\n").rpartition("\n")
+    return mark == CARD_MARK.format(digest(text))
 
 
 def with_retries(call, args, repo_id, **kwargs):
@@ -2827,7 +2905,7 @@ def publish(args, repo_id):
         args,
         repo_id,
         folder_path=args.output_dir,
-        allow_patterns=PUBLISHED,
+        allow_patterns=[path.relative_to(args.output_dir).as_posix() for path in results(Path(args.output_dir))],
         commit_message="End of training",
     )
 
@@ -3184,8 +3262,8 @@ def main(args):
         lock.release()
     if accelerator.num_processes > 1:
         time.sleep(0.1)  # gloo's thread needs the interpreter to drop its last work, and ending would hold that
-    with contextlib.suppress(Exception if end else ()):  # of a tracker that has not started
-        accelerator.end_training()
+    end_trackers(accelerator)
+    accelerator.end_training()
     if end is not None:
         raise end
 

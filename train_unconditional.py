@@ -309,7 +309,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong with the flags, without listing them all."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {re.sub('(?<![/.])hf_[A-Za-z0-9]+', 'hf_...', message)}\n")
+        self.exit(2, f"{self.prog}: error: {re.sub('(?<![/.])hf_[A-Za-z0-9]{20,}', 'hf_...', message)}\n")
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -576,13 +576,14 @@ def parse_args(argv=None):
     typed = {word.split("=")[0] for word in argv}
     for flag in REFUSED.keys() & typed:
         parser.error(f"{flag}: {REFUSED[flag]}")
-    usual = {action.dest: action.default for action in parser._actions} | DEFAULTS
+    usual = {action.dest: action.default for action in parser._actions}
     parser.set_defaults(**read_config(parser, argv))
     args, unknown = parser.parse_known_args(argv)
     if unknown and not unknown[0].startswith("--"):  # which may be a token
         parser.error("a word stands there that belongs to no flag: quote values that have blanks, and see to `=`")
     if unknown:
         parser.error(unrecognized(unknown[0].split("=")[0], parser._option_string_actions))
+    given = argparse.Namespace(**vars(args))
     for name, other in REPLACES.items():
         if getattr(args, name) is None and getattr(args, other) is None:
             setattr(args, name, DEFAULTS.get(name))
@@ -590,7 +591,7 @@ def parse_args(argv=None):
         if problem:
             parser.error(sentence)
     if os.environ.get("RANK", "0") == "0":  # of several processes, one says it
-        print_idle(args, usual)
+        print_idle(given, usual)
         if "--hub_token" in typed:
             print(SHOWN_TOKEN, file=sys.stderr)
     return args
@@ -636,8 +637,9 @@ from tqdm.contrib.concurrent import thread_map
 
 # What is uploaded, or deleted to start anew: no checkpoints, no logs, no arguments with their local paths.
 PUBLISHED = "README.md model_index.json samples/step-[0-9]*.png scheduler/scheduler_config.json".split()
-MODEL = "config.json {0}.safetensors {0}-*-of-*.safetensors {0}.safetensors.index.json"
+MODEL = "config.json {0}.safetensors {0}-[0-9]*-of-[0-9]*.safetensors {0}.safetensors.index.json"
 PUBLISHED += [f"unet/{name}" for name in MODEL.format("diffusion_pytorch_model").split()]
+PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")  # that a base may be
 SAMPLED_AT_ONCE = 16  # validation pictures
 CARD = {"pipeline_tag": "unconditional-image-generation", "tags": ["ddpm"]}
 # The UNet of a run that gives neither weights nor a config: 113.7 million weights.
@@ -691,6 +693,9 @@ def load_models(run):
     run.resolution = args.resolution
     if args.pretrained_model_name_or_path:
         unet, scheduler = load_unet(args)
+        if scheduler is None:
+            scheduler = DDPMScheduler()
+            run.accelerator.print("schedule   the UNet alone names none: epsilon, linear, 1000, or what flags say")
     else:
         unet, scheduler = new_unet(args), DDPMScheduler()
     check_unet(args, unet)
@@ -719,11 +724,14 @@ def load_models(run):
 
 
 def load_unet(args):
-    """Loads the UNet and the scheduler of the base model, a pipeline or a UNet alone, in float32."""
+    """Loads the UNet and the scheduler of the base model, a pipeline, or a UNet alone and None, in float32."""
     base, problems = args.pretrained_model_name_or_path, []
     variants = [args.variant] if args.variant else [None, "fp16"]  # of files in half precision if it has no others
     for kind, variant in itertools.product((DDPMPipeline, UNet2DModel), variants):
         try:
+            name = kind.load_config(base, revision=args.revision, cache_dir=args.cache_dir)["_class_name"]
+            if kind is DDPMPipeline and name not in PIPELINES:
+                raise SystemExit(f"{base} is a {name}, and this script trains {' and '.join(PIPELINES)}.")
             loaded = kind.from_pretrained(
                 base,
                 revision=args.revision,
@@ -740,9 +748,11 @@ def load_unet(args):
     else:
         listing = "".join(dict.fromkeys(problems))
         raise SystemExit(f"{base} cannot be loaded from safetensors files, neither as a pipeline nor alone:{listing}")
-    unet, scheduler = (loaded.unet, loaded.scheduler) if kind is DDPMPipeline else (loaded, DDPMScheduler())
+    unet, scheduler = (loaded.unet, loaded.scheduler) if kind is DDPMPipeline else (loaded, None)
     if not isinstance(unet, UNet2DModel):
         raise SystemExit(f"{base} is no unconditional model of pixels: its UNet is a {type(unet).__name__}.")
+    if kind is DDPMPipeline and not hasattr(scheduler, "alphas_cumprod"):
+        raise SystemExit(f"{base} adds noise as a {type(scheduler).__name__} does, and this script trains DDPMs.")
     if lacking := [name for name, weight in unet.named_parameters() if weight.is_meta]:
         raise SystemExit(f"{base} lacks weights, such as {lacking[0]}.")
     # Its files would name a folder of this machine.
@@ -775,6 +785,8 @@ def check_unet(args, unet):
         raise SystemExit(f"--resolution {args.resolution} is not a multiple of {multiple}, as this UNet needs it.")
     if (unet.config.in_channels, unet.config.out_channels, unet.class_embedding) != (3, 3, None):
         raise SystemExit("The UNet has to take 3 channels of a picture, give 3, and know no classes.")
+    if unet.config.time_embedding_type == "fourier":
+        raise SystemExit("The UNet's time_embedding_type fourier is for amounts of noise: it cannot take timestep 0.")
 
 
 def choose_schedule(args, scheduler):
@@ -889,7 +901,8 @@ def loading_code(run, models, name):
 # nothing to do, or which fence has the hook already.
 #
 #   PUBLISHED
-#       patterns of the files of a result, and of no others: they are uploaded, or deleted to start anew
+#       patterns of the files of a result, and of no others: they are uploaded, or deleted to start anew; in them,
+#       [0-9]* is a number
 #   CARD
 #       what the model card's header says of the method [{}]
 #   cache_folder(args) -> path
@@ -944,6 +957,7 @@ STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"} & {*dir(signal)}
 # What a run that is killed may have been writing: a checkpoint, or a file that replace_file was to put in place.
 WHOLE = r"README\.md|train_args\.yaml|state\.json|metrics\.jsonl|step-\d+\.png|[\w-]+\.safetensors"
 TORN = rf"\.checkpoint-\d+\.tmp|\.({WHOLE})\.[0-9a-f]+\.tmp"
+CARD_MARK = "<!-- written by a training script: {} -->"
 UNSAVED = {"config", "hub_token", "overwrite_output_dir", "resume_from_checkpoint"}
 
 
@@ -1030,24 +1044,28 @@ def execute(args, accelerator, stop, lock):
     run, checkpoint, settings = begin_run(args, accelerator, stop)
     run.lock_id = lock_id
     repo_id = Path(args.output_dir).resolve().name
-    if args.push_to_hub:
-        repo_id = on_main_process(run, open_repository, args)
 
     # Data.
-    records = check_records(run, read_records(args))
-    records, held_out_records = split_records(args, records, run.seed)
-    records_of_class = class_records(run)
-    sizes = len(records), len(records_of_class)
-    records = records + records_of_class
+    with stop.ending_at_once():
+        if args.push_to_hub:
+            repo_id = on_main_process(run, open_repository, args)
+        records = read_records(args)
+    records, held_out_records = split_records(args, check_records(run, records), run.seed)
+    sizes = len(records), args.num_class_images if vars(args).get("with_prior_preservation") else 0
     plan_steps(run, sizes)
     if on_main_process(run, has_ended, run):
         if args.push_to_hub:
-            on_main_process(run, publish, args, repo_id)
+            with stop.ending_at_once():
+                on_main_process(run, publish, args, repo_id)
         return
+    if run.global_step > run.max_train_steps:
+        raise SystemExit(f"{checkpoint} is beyond the {run.max_train_steps} steps that are asked for: ask for more.")
+    records = records + class_records(run)
 
     # Models.
     torch.manual_seed(run.seed)  # for weights that start at random
-    models = load_models(run)
+    with stop.ending_at_once():
+        models = load_models(run)
     list_changes(run, settings)
     check_identity(run, models, records, held_out_records)
     data = make_data(run, models, records, held_out_records, sizes)
@@ -1077,8 +1095,10 @@ def execute(args, accelerator, stop, lock):
     code = loading_code(run, models, str(Path(args.output_dir).resolve()))
     accelerator.print(f"The result is in {args.output_dir}. To load it:\n\n{code}\n")
     stop.exit_if_asked()
+    end_trackers(accelerator)
     if args.push_to_hub:
-        on_main_process(run, publish, args, repo_id)
+        with stop.ending_at_once():
+            on_main_process(run, publish, args, repo_id)
 
 
 # The run and its data
@@ -1641,11 +1661,14 @@ def log_pictures(run, images):
     for tracker in run.accelerator.trackers:
         if hasattr(tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"validation": np.stack(images)}, step=run.global_step, **layout)
+            with outliving_trackers(run.accelerator):
+                tracker.log_images({"validation": np.stack(images)}, step=run.global_step, **layout)
 
 
 def log_row(run, row):
     """Appends a row of numbers to metrics.jsonl and sends it to the trackers."""
+    # Of a step that was skipped, some are not finite, and JSON has no word for these.
+    row = {name: value if math.isfinite(value) else None for name, value in row.items()}
     if run.accelerator.is_main_process:
         check_lock(run)
         logs = Path(run.args.output_dir, run.args.logging_dir)
@@ -1653,7 +1676,26 @@ def log_row(run, row):
         with open(logs / "metrics.jsonl", "a") as metrics:
             metrics.write(json.dumps(row) + "\n")
     values = {name: value for name, value in row.items() if name != "step" and value is not None}
-    run.accelerator.log(values, step=row["step"])
+    with outliving_trackers(run.accelerator):
+        run.accelerator.log(values, step=row["step"])
+
+
+@contextlib.contextmanager
+def outliving_trackers(accelerator):
+    """Goes on without trackers once one fails, as its server or its process may be gone."""
+    try:
+        yield
+    except Exception as error:  # anything: each tracker has errors of its own
+        print(f"\n--report_to failed ({error}): the run goes on without it. metrics.jsonl has all numbers.")
+        accelerator.trackers = []
+
+
+def end_trackers(accelerator):
+    """Has the trackers write what they hold, and drops them."""
+    with outliving_trackers(accelerator):
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    accelerator.trackers = []
 
 
 class FinishedStep:
@@ -1691,14 +1733,14 @@ def log_steps(run, data, progress_bar, unread, keep):
         skipped = numbers.pop("skipped")
         asked_to_stop |= numbers.pop("asked_to_stop") > 0
         row = step.row | numbers
-        if not skipped and not math.isfinite(row["loss"] + row["grad_norm"]):
+        # The scaler of fp16 scales gradients: a loss that is not finite is none of its doing.
+        if not math.isfinite(row["loss"]) or not (skipped or math.isfinite(row["grad_norm"])):
             files = "\n  ".join(sorted({data.samples.records[index]["name"] for _, index in step.keys}))
             raise SystemExit(
                 f"Step {row['step']} has loss {row['loss']} and gradient norm {row['grad_norm']}, so the run "
                 f"stops; earlier checkpoints are good. Lower the learning rate, or look at its pictures:\n  {files}"
             )
-        # Of a step that was skipped, some are not finite, and JSON has no word for these.
-        log_row(run, {name: value if math.isfinite(value) else None for name, value in row.items()})
+        log_row(run, row)
         progress_bar.update()
         progress_bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_second']:.1f} images/s")
     return asked_to_stop
@@ -1716,11 +1758,19 @@ def peak_memory(accelerator):
 # Stopping
 
 
+def is_launcher(pid):
+    """Tells whether a process is accelerate's launcher, by its command line on Linux."""
+    with contextlib.suppress(OSError):
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return any(Path(os.fsdecode(word)).name.startswith("accelerate") for word in command[:3])  # python, -m, it
+    return False
+
+
 class StopFlag:
     """Remembers the first signal that asks the run to stop; a SIGINT after it stops at once."""
 
     def __init__(self):
-        self.signum = 0
+        self.signum, self.at_once = 0, False
 
     def listen(self):
         """Takes the signals from here on; until then each ends the process, which may be waiting for others."""
@@ -1729,11 +1779,20 @@ class StopFlag:
             if not (name == "SIGHUP" and ignored):  # by nohup
                 signal.signal(getattr(signal, name), self.set)
         # accelerate's launcher forwards nothing to a lone process, so a parent that vanishes counts as SIGTERM.
-        if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ:
+        if sys.platform == "linux" and "RANK" not in os.environ and is_launcher(os.getppid()):
             PR_SET_PDEATHSIG = 1
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
+    @contextlib.contextmanager
+    def ending_at_once(self):
+        """Has a signal end the process at once, where it may wait for the network and can lose nothing."""
+        self.at_once = True
+        yield
+        self.at_once = False
+
     def set(self, signum, frame):
+        if self.at_once:
+            os._exit(128 + signum)  # without waiting for threads that wait for the network
         if signum == signal.SIGINT and self.signum:
             raise KeyboardInterrupt
         self.signum = self.signum or signum
@@ -1959,7 +2018,12 @@ def check_folder(args):
 
 def results(output_dir):
     """Lists what there is of what a run leaves, but not what a link leads to."""
-    paths = [path for pattern in PUBLISHED for path in sorted(output_dir.glob(pattern))]
+    names = []
+    for pattern in PUBLISHED:
+        found = sorted(path.relative_to(output_dir).as_posix() for path in output_dir.glob(pattern))
+        exact = re.escape(pattern).replace(re.escape("[0-9]*"), "[0-9]+")  # to glob, that is a digit and anything
+        names += [name for name in found if re.fullmatch(exact, name)]
+    paths = [output_dir / name for name in names]
     return [path for path in paths if path.parent == output_dir or not path.parent.is_symlink()]
 
 
@@ -2154,10 +2218,20 @@ def write_model_card(run, models, repo_id):
         points, curve = loss_curve(losses)
         card.append(f"{run.global_step} steps. Loss from {points[0]:.4f} to {points[-1]:.4f}: `{curve}`")
     for row in rows:
-        if "validation_loss" in row:
+        if row.get("validation_loss") is not None:
             card.append(f"Held-out loss at step {row['step']}: {row['validation_loss']:.4f}")
     card.append(settings_table(run.settings()) + "\n")
-    replace_file(Path(args.output_dir, "README.md"), "\n\n".join(card).encode())
+    text, file = "\n\n".join(card), Path(args.output_dir, "README.md")
+    if file.exists() and not is_untouched(file):
+        os.replace(file, file.with_suffix(".old.md"))
+        print(f"{file} was edited, so it is README.old.md now, beside the new one.")
+    replace_file(file, f"{text}\n{CARD_MARK.format(digest(text))}\n".encode())
+
+
+def is_untouched(card):
+    """Tells whether a model card is as a run wrote it, by the mark in its last line."""
+    text, _, mark = card.read_text(errors="replace").rstrip("\n").rpartition("\n")
+    return mark == CARD_MARK.format(digest(text))
 
 
 def with_retries(call, args, repo_id, **kwargs):
@@ -2187,7 +2261,7 @@ def publish(args, repo_id):
         args,
         repo_id,
         folder_path=args.output_dir,
-        allow_patterns=PUBLISHED,
+        allow_patterns=[path.relative_to(args.output_dir).as_posix() for path in results(Path(args.output_dir))],
         commit_message="End of training",
     )
 
@@ -2544,8 +2618,8 @@ def main(args):
         lock.release()
     if accelerator.num_processes > 1:
         time.sleep(0.1)  # gloo's thread needs the interpreter to drop its last work, and ending would hold that
-    with contextlib.suppress(Exception if end else ()):  # of a tracker that has not started
-        accelerator.end_training()
+    end_trackers(accelerator)
+    accelerator.end_training()
     if end is not None:
         raise end
 

@@ -251,6 +251,7 @@ def test_overwriting_leaves_what_others_put_there(train, tmp_path):
     """Notes beside the samples and weights stay, and so does what a link leads to."""
     out = train("out", "--validation_prompts", "a cat")
     names = "samples/notes.txt samples/best/1.png samples/step-best.png unet/notes.txt unet/my_best.safetensors "
+    names += "samples/step-000003-mine.png samples/step-000003-2.png samples/step-3_1.png "
     names += "text_encoder_backup/model.safetensors tokenizer_old/vocab.json text_encoder/my.json"
     mine = [out / name for name in names.split()]
     for file in mine:
@@ -283,3 +284,18 @@ def test_two_writers_of_one_file(tmp_path, monkeypatch):
         list(pool.map(lambda data: script.replace_file(tmp_path / "entry", data), (b"first", b"other")))
     assert [file.name for file in tmp_path.iterdir()] == ["entry"]
     assert (tmp_path / "entry").read_bytes() in (b"first", b"other")
+
+
+def test_a_card_that_was_edited_is_kept(train, capsys):
+    """People write in a result's card: a run that goes on puts theirs aside; its own it replaces."""
+    flags = ("--checkpointing_steps", 1, "--resume_from_checkpoint", "latest", "--max_train_steps")
+    out = train("out", *flags, 1)
+    train("out", *flags, 2)
+    assert not (out / "README.old.md").exists()
+    with open(out / "README.md", "a") as card:
+        card.write("My words.")
+    edited = (out / "README.md").read_bytes()
+    train("out", *flags, 3)
+    assert (out / "README.old.md").read_bytes() == edited
+    assert "max_train_steps | 3" in (out / "README.md").read_text()
+    assert "README.md was edited, so it is README.old.md now" in capsys.readouterr().out

@@ -308,6 +308,16 @@ def test_steps_that_overflow_are_skipped(train, scaled, tiny_model):
         assert logged(folder) == logged(out)
 
 
+def test_a_loss_that_is_not_finite_ends_a_run_in_fp16(train, scaled, monkeypatch):
+    """The scaler scales gradients alone: no skipped step mends a forward pass that overflows."""
+    scaled()
+    compute_loss = script.compute_loss
+    overflow = lambda *given: {"loss": compute_loss(*given)["loss"] / 0}  # noqa: E731
+    monkeypatch.setattr(script, "compute_loss", overflow)
+    with pytest.raises(SystemExit, match="Step 1 has loss inf"):
+        train("out")
+
+
 def test_another_precision_goes_on(train, scaled, monkeypatch, capsys):
     """A run goes on in fp16, and back: the optimizer's state is alike, and on the device of its weights."""
     usual = script.make_accelerator

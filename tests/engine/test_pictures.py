@@ -641,8 +641,8 @@ def test_links_that_lead_back_are_walked_once(tmp_path):
 def test_a_number_is_a_caption(tmp_path):
     """It is one in a .csv, so it is one in a .jsonl."""
     make_picture(tmp_path / "a.png")
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": 7}')
-    assert captions_of(tmp_path) == {"a.png": ["7"]}
+    write_metadata(tmp_path, *({"file_name": "a.png", "text": number} for number in (7, 3.5, float("nan"))))
+    assert captions_of(tmp_path) == {"a.png": ["7", "3.5"]}  # NaN is JSON's and parquet's way to say nothing
 
 
 def test_rows_for_the_same_picture_are_its_captions(tmp_path):

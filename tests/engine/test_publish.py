@@ -13,10 +13,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from helpers import ROOT, SMALL, files_in, flags_of, in_epochs, make_run, metrics, run, same, weights
+from helpers import ROOT, SMALL, files_in, flags_of, in_epochs, make_run, metrics, rows, run, same, weights
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -239,6 +240,20 @@ def test_a_tracker_that_cannot_start_is_told_of(flags, start, command, tmp_path)
     process = start(command(tmp_path / "out", "--report_to", *flags), environment=alone)
     assert process.wait() == 1 and "Traceback" not in process.output()
     assert re.search(f"--report_to {flags[0]} cannot start|start_trackers failed", process.output())
+
+
+@pytest.mark.launch
+def test_a_tracker_that_dies_ends_no_run(start, command, tmp_path):
+    """Its process may be killed for its memory: the run goes on, and says that metrics.jsonl has all numbers."""
+    out = tmp_path / "out"
+    process = start(command(out, "--report_to", "wandb", "--max_train_steps", 40))
+    process.until(lambda: rows(out) > 2)
+    killed = [child for child in psutil.Process(process.pid).children(recursive=True) if "wandb" in child.name()]
+    for child in killed:
+        child.kill()
+    assert killed and process.wait() == 0, process.output()
+    assert "--report_to failed" in process.output() and (out / "state.json").exists()
+    assert [step for step, _ in metrics(out, "loss")] == list(range(1, 41))
 
 
 def test_wandb(train, monkeypatch):

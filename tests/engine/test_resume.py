@@ -80,6 +80,16 @@ def test_the_same_command_after_the_end(train, monkeypatch, capsys, steps, every
     assert watched.models is None and state_of(out) == before
 
 
+def test_a_checkpoint_beyond_the_last_step_is_refused(train):
+    """A run of fewer steps does not become the result of more."""
+    out = train("out", "--max_train_steps", 3, "--checkpointing_steps", 3)
+    (out / "state.json").unlink()  # as if it had been stopped
+    before = state_of(out)
+    with pytest.raises(SystemExit, match="checkpoint-3 is beyond the 2 steps that are asked for"):
+        train("out", "--max_train_steps", 2, *LATEST)
+    assert state_of(out) == before
+
+
 def test_a_result_that_is_gone(train, capsys):
     """The same command makes it again, if there is a checkpoint to go on from; else a sentence says what is gone."""
     flags = (*RANDOM, "--max_train_steps", 5, *LATEST)

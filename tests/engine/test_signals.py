@@ -107,6 +107,36 @@ def test_nohup_is_obeyed():
             signal.signal(number, former)
 
 
+def test_a_shell_is_no_launcher(monkeypatch):
+    """What is started without accelerate's launcher outlives its parent, whatever stands in the environment."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    handlers = {name: signal.getsignal(getattr(signal, name)) for name in script.STOP_SIGNALS}
+    asked, PR_GET_PDEATHSIG = ctypes.c_int(-1), 2
+    try:
+        script.StopFlag().listen()
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(getattr(signal, name), handler)
+    ctypes.CDLL(None).prctl(PR_GET_PDEATHSIG, ctypes.byref(asked))
+    assert asked.value == 0
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_download_can_be_stopped(start, command, tmp_path, name):
+    """A base that comes slowly from the Hub does not keep a signal waiting."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        hub = {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HUB_OFFLINE": "0"}
+        base = ("--pretrained_model_name_or_path", "me/model")
+        process = start(command(tmp_path / "out", *base), [sys.executable], hub)
+        silent.settimeout(60)
+        connection, _ = silent.accept()
+        time.sleep(0.5)
+        os.kill(process.pid, getattr(signal, name))
+        assert process.wait(5) == 128 + getattr(signal, name)
+        connection.close()
+
+
 # Through launchers.
 
 
@@ -340,21 +370,23 @@ def test_a_signal_while_sampling(start, command, uninterrupted, tmp_path):
     assert_equal(tmp_path / "out" / "checkpoint-3", uninterrupted(3))
 
 
-def test_a_signal_gives_up_a_picture(train, monkeypatch):
-    """A picture can take minutes, so it is given up before the next forward pass, and the run goes on later."""
+@pytest.mark.parametrize("at, last, later", [(1, 1, 4 + 2 + 4), (5, 6, 4)])  # passes of a picture and of a step
+def test_a_signal_gives_up_a_picture(train, monkeypatch, at, last, later):
+    """A picture can take minutes, so it is given up before the next forward pass; a step is finished."""
     forward, passes = UNet2DConditionModel.forward, []
 
     def forward_with_signal(*args, **kwargs):
         passes.append(1)
-        if len(passes) == 1:
+        if len(passes) == at:
             os.kill(os.getpid(), signal.SIGTERM)
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(UNet2DConditionModel, "forward", forward_with_signal)
     flags = ("--max_train_steps", 1, "--validation_prompt", "a circle", "--num_validation_images", 2)
+    flags += ("--gradient_accumulation_steps", 2)
     with pytest.raises(SystemExit) as end:
         train("out", *flags)
-    assert end.value.code == 143 and len(passes) == 1
+    assert end.value.code == 143 and len(passes) == last
     out = train("out", *flags, "--resume_from_checkpoint", "latest")
-    assert len(passes) == 1 + 4 + 1 + 4  # two pictures of two steps each, before and after a step
+    assert len(passes) == last + later
     assert len(list((out / "samples").iterdir())) == 2

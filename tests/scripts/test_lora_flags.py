@@ -4,6 +4,8 @@ import re
 
 import datasets
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline
 from helpers import KOHYA, LORA, flags_of, in_epochs, make_pictures, run
 
 import train_lora as script
@@ -218,3 +220,22 @@ def test_the_printed_code_loads_adapters(model, request, pictures, tmp_path, mon
     monkeypatch.chdir(tmp_path / "elsewhere")
     exec(code.replace("width=32", "width=32, num_inference_steps=2"), {})
     assert (tmp_path / "elsewhere" / "picture.png").exists()
+
+
+def test_nothing_is_said_of_flags_that_were_not_given(tiny_model, pictures, capsys):
+    """A way fills in defaults of its own; of these none is told to do nothing."""
+    flags = ["--pretrained_model_name_or_path", str(tiny_model), "--train_data_dir", str(pictures)]
+    script.parse_args(flags)
+    assert capsys.readouterr().err == ""
+    script.parse_args([*flags, "--validation_epochs", "3"])
+    assert capsys.readouterr().err.startswith("--validation_epochs does nothing without")
+
+
+def test_the_lines_that_load_it_name_the_variant(tiny_model, pictures, tmp_path, capsys):
+    """Without it nothing would be loaded."""
+    model = tmp_path / "model"
+    StableDiffusionPipeline.from_pretrained(tiny_model).to(torch.float16).save_pretrained(model, variant="fp16")
+    run(script, *flags_of(model, pictures, tmp_path / "out", *FLAGS))
+    code = capsys.readouterr().out.split("To load it:")[1]
+    assert f"from_pretrained('{model}', variant='fp16')" in code
+    exec(code[: code.index("prompt = ")], {})

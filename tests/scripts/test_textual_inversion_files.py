@@ -223,3 +223,13 @@ def test_deepspeed_is_refused():
     accelerator = SimpleNamespace(distributed_type=script.DistributedType.DEEPSPEED)
     with pytest.raises(SystemExit, match="DeepSpeed would round the new word"):
         script.prepare_training(SimpleNamespace(accelerator=accelerator), None)
+
+
+def test_a_pipeline_of_an_earlier_end_is_removed(train):
+    """It would hold the vectors of then."""
+    flags = ("--checkpointing_steps", 1, "--resume_from_checkpoint", "latest")
+    out = train("out", *flags, "--max_train_steps", 1, "--save_as_full_pipeline", "--validation_prompt", "a")
+    assert (out / "model_index.json").exists()
+    train("out", *flags, "--max_train_steps", 2)
+    assert not (out / "model_index.json").exists() and list(out.rglob("model.safetensors")) == []
+    assert (out / "learned_embeds.safetensors").exists() and list(out.glob("samples/*.png"))

@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, ScoreSdeVeScheduler, UNet2DModel
 from helpers import (
     SMALL,
     UNET,
@@ -289,6 +289,34 @@ def test_a_base_that_lacks_weights_is_refused(train, base, tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(SystemExit, match="model lacks weights, such as conv_in.bias"):
         train("out", "--pretrained_model_name_or_path", model)
+
+
+@pytest.mark.parametrize("kind", ["LDMPipeline", "ScoreSdeVePipeline", "ConsistencyModelPipeline"])
+def test_other_kinds_of_models_are_refused(train, base, tmp_path, kind):
+    """What works on latents or on amounts of noise is no DDPM of pixels, though its UNet could be loaded."""
+    model = shutil.copytree(base, tmp_path / "model")
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps(index | {"_class_name": kind}))
+    with pytest.raises(SystemExit, match=f"model is a {kind}, and this script trains DDPMPipeline"):
+        train("out", "--pretrained_model_name_or_path", model)
+
+
+def test_another_kind_of_noise_is_refused(train, base, tmp_path):
+    """A scheduler without a DDPM's alphas adds noise in another way."""
+    model = shutil.copytree(base, tmp_path / "model")
+    index = json.loads((model / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "ScoreSdeVeScheduler"]
+    (model / "model_index.json").write_text(json.dumps(index))
+    ScoreSdeVeScheduler().save_pretrained(model / "scheduler")
+    with pytest.raises(SystemExit, match="adds noise as a ScoreSdeVeScheduler does"):
+        train("out", "--pretrained_model_name_or_path", model)
+
+
+def test_a_unet_for_amounts_of_noise_is_refused(train, tmp_path):
+    """It divides by the timestep, which may be 0."""
+    config = write_config(tmp_path / "config", time_embedding_type="fourier")
+    with pytest.raises(SystemExit, match="cannot take timestep 0"):
+        train("out", "--model_config_name_or_path", config)
 
 
 def test_unusable_models_are_refused(train, tiny_model, base, tmp_path):

@@ -316,6 +316,8 @@ def test_planning_ends_once_the_answer_is_certain(plan, monkeypatch, count):
     assert (len(fixed), len(captions)) == (10, 10) and len(taken) < 500
     crops, captions, taken = plan(count, "--random_flip", "--proportion_empty_prompts", 0.1)
     assert (len(crops), len(captions)) == (5 * 17 * 2, 11) and len(taken) < 5000
+    _, captions, taken = plan(count, "--center_crop", "--proportion_empty_prompts", 1)
+    assert captions == {""} and len(taken) < 500
     monkeypatch.setattr(script, "LARGE_SET", 100)
     crops, captions, taken = plan(count, "--random_flip")
     assert crops is None and len(captions) == 10 and len(taken) < 500
@@ -405,3 +407,12 @@ def test_captions_that_are_dropped(train, monkeypatch, tmp_path):
     texts = count_calls(monkeypatch, CLIPTextModel, "forward")
     train("out", "--proportion_empty_prompts", 1.0, "--encoding_cache_dir", tmp_path / "cache")
     assert len(texts) == 1 and len(list((tmp_path / "cache" / "prompts").iterdir())) == 1
+
+
+def test_latents_that_are_not_finite_are_not_kept(trainer, own_cache, tiny_model, tmp_path, monkeypatch):
+    """In fp16 a picture can overflow: it is named, and no entry is written that every later run would read."""
+    encode = script.encode_pixels
+    monkeypatch.setattr(script, "encode_pixels", lambda *given: {k: v / 0 for k, v in encode(*given).items()})
+    with pytest.raises(SystemExit, match=r"make of '.*\.png' is not finite: take another --mixed_precision"):
+        trainer(script)("out", "--center_crop")
+    assert list((tmp_path / "xdg").rglob("latents/**/*.safetensors")) == []

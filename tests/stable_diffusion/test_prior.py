@@ -69,13 +69,33 @@ def test_class_pictures_of_another_base_are_told_of(train, tiny_model, tiny_v_mo
     assert f"some of the class pictures were drawn by {tiny_model.name}\n" in capsys.readouterr().out
 
 
+def test_class_pictures_are_not_drawn_after_the_end(train, tmp_path, capsys):
+    """The same command says that the run has ended, also where its class pictures were tidied away."""
+    flags = (*prior(tmp_path / "class"), "--num_class_images", 1, "--resume_from_checkpoint", "latest")
+    train("out", *flags)
+    shutil.rmtree(tmp_path / "class")
+    train("out", *flags)
+    assert "there is none left to take" in capsys.readouterr().out and not (tmp_path / "class").exists()
+
+
+def test_class_pictures_that_overflow_are_refused(train, tiny_model, tmp_path):
+    """In half precision a VAE can overflow, and its pictures would be black; none is written."""
+    base, folder = tmp_path / "base", tmp_path / "class"
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
+    pipeline.vae.decoder.conv_in.weight.data *= 1e30
+    pipeline.save_pretrained(base)
+    flags = ("--prior_generation_precision", "fp16", "--num_class_images", 1)
+    with pytest.raises(SystemExit, match="give --prior_generation_precision fp32"):
+        train("out", *prior(folder), *flags, base=base)
+    assert list(folder.iterdir()) == []
+
+
 def test_class_pictures_that_another_run_draws_meanwhile(train, tmp_path, monkeypatch):
     """Two runs draw into one folder for unlike prompts: the second does not train on what the first drew."""
     folder, draw = tmp_path / "class", script.draw_class_pictures
 
     def drawn_by_another(args, pipeline, names, seed):
         other = SimpleNamespace(**vars(args) | {"class_prompt": "a green square"})
-        pipeline = lambda prompts, generator: SimpleNamespace(images=[Image.new("RGB", (8, 8))])  # noqa: E731
         draw(other, pipeline, names, seed)
 
     monkeypatch.setattr(script, "draw_class_pictures", drawn_by_another)
