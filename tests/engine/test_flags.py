@@ -495,12 +495,19 @@ def test_no_refusal_of_the_command_line_shows_the_token(capsys, words):
     assert "secret" not in sentence and "did you mean --hub_token?" in sentence
 
 
-@pytest.mark.parametrize("words", ["--hub_tokenhf_secret", "--hub_token:hf_secret", "--push_to_hub=hf_secret"])
-def test_no_token_without_its_blank_is_shown(capsys, words):
+@pytest.mark.parametrize("flag", ["--hub_token", "--hub_token:", "--push_to_hub="])
+def test_no_token_without_its_blank_is_shown(capsys, flag):
     """A token that is glued to its flag is cut out of what is said."""
-    assert "secret" not in refusal(capsys, typed(needed()) + words.split())
-    if ":" in words:
-        assert "secret" not in refusal(capsys, written(words[2:] + ":") + typed(needed()))
+    token = "hf_" + "secret" * 5
+    assert "secret" not in refusal(capsys, [*typed(needed()), flag + token])
+    if ":" in flag:
+        assert "secret" not in refusal(capsys, written(f"{flag[2:]}{token}:") + typed(needed()))
+
+
+def test_a_folder_whose_name_begins_as_a_token_is_named(capsys):
+    """Only what is as long as a token is cut out."""
+    data = {"train_data_dir": "hf_pictures"}
+    assert "hf_pictures" in refusal(capsys, typed({**needed(), **data}))
 
 
 @pytest.mark.parametrize("words", ["--hub_token = hf_secret", "--hub_token x hf_secret", "--seed 1 hf_secret"])

@@ -327,7 +327,7 @@ def test_unusable_models_are_refused(train, tiny_model, base, tmp_path):
             train("refused", *flags)
         assert [path.name for path in (tmp_path / "refused").glob("*")] in ([], [".lock"])
 
-    refused("no unconditional model", "--pretrained_model_name_or_path", tiny_model)
+    refused("is a StableDiffusionPipeline, and this script trains", "--pretrained_model_name_or_path", tiny_model)
     refused("UNet2DConditionModel", "--model_config_name_or_path", tiny_model / "unet")
     wrong = {
         "channels": {"in_channels": 1, "out_channels": 1},
