@@ -710,7 +710,8 @@ def load_models(run):
             inv_gamma=args.ema_inv_gamma,
             power=args.ema_power,
             model_cls=UNet2DModel,
-            model_config=unet.config,
+            # Of what stands there, from_config would drop the values that the UNet's file left to defaults.
+            model_config={name: value for name, value in unet.config.items() if name != "_use_default_values"},
         )
     return SimpleNamespace(
         pipeline=DDPMPipeline(unet=unet, scheduler=scheduler),
@@ -1084,6 +1085,7 @@ def execute(args, accelerator, stop, lock):
     print_memory(run, models)
     if checkpoint:
         load_checkpoint(run, models, optimizer, checkpoint)
+    settle_buckets(run, models, data)
     on_main_process(run, prepare_folder, run, checkpoint, data)  # now that nothing else can be refused
     train(run, models, data, optimizer, make_lr_scheduler(run, optimizer))
 
@@ -2294,9 +2296,8 @@ def make_accelerator(args):
             project_dir=Path(args.output_dir, args.logging_dir),
             kwargs_handlers=[
                 DistributedDataParallelKwargs(
-                    # Otherwise DDP sorts its buckets anew after a first step, and a resumed run adds up in another
-                    # order.
-                    find_unused_parameters=True,
+                    # The last layer of SDXL's first text encoder is not used. See also settle_buckets.
+                    find_unused_parameters=bool(vars(args).get("train_text_encoder")),
                     # They are constants, and would be sent at every forward pass, of which ranks take unlike numbers
                     # in a validation.
                     broadcast_buffers=False,
@@ -2345,6 +2346,24 @@ def prepare_unet(run, unet):
         for block in unet.modules():
             if type(block).__name__ in ("BasicTransformerBlock", "ResnetBlock2D"):
                 block.compile(dynamic=False)  # in place, so names stay; each shape by itself, so its bits do, too
+
+
+def settle_buckets(run, models, data):
+    """Takes a backward pass of no effect, if there are several processes.
+
+    From the order of a first one, DDP makes the buckets in which it adds up. So a run that goes on has the same ones.
+    """
+    if not isinstance(models.trained[0], torch.nn.parallel.DistributedDataParallel):
+        return
+    sample = data.samples[data.step_keys(run.global_step)[0]]
+    batch = send_to_device(torch.utils.data.default_collate([sample]), run.accelerator.device)
+    for model in models.trained:
+        model.train()
+    with autocast(run):
+        loss = compute_loss(models, batch, run.args)["loss"]
+    run.accelerator.backward(loss)
+    for parameter in models.params_to_optimize:
+        parameter.grad = None
 
 
 def make_optimizer(run, groups):
