@@ -18,8 +18,8 @@ MARK = re.compile(r"# === (?P<end>End of )?(?P<title>[^:]+?)(: .+)? ===")
 
 
 def find_scripts(folder: Path = ROOT) -> list[Path]:
-    """The training scripts: every Python file at the top of the folder."""
-    return sorted(folder.glob("*.py"))
+    """The training scripts: every Python file at the top of the folder that has fences."""
+    return sorted(path for path in folder.glob("*.py") if find_fences(path.read_text()))
 
 
 def find_fences(source: str) -> dict[str, tuple[int, int]]:

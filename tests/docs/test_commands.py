@@ -14,11 +14,14 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
+from tools.sync import find_scripts
 
-SCRIPTS = sorted(ROOT.glob("*.py"), key=lambda path: (path.name != "train_text_to_image.py", path.name))
+
+SCRIPTS = sorted(find_scripts(ROOT), key=lambda path: (path.name != "train_text_to_image.py", path.name))
+PROGRAMS = [*SCRIPTS, ROOT / "generate.py"]
 # The flags that a script can do without, though train_text_to_image.py cannot.
 OPTIONAL = {("--pretrained_model_name_or_path", "train_unconditional.py")}
-NAMES = {path.name for path in SCRIPTS}
+NAMES = {path.name for path in PROGRAMS}
 # What is no flag of all is declared by each script, with a default of its own.
 OWN = {"resolution"}
 
@@ -108,7 +111,7 @@ def documented():
     for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]:
         for script, arguments in commands_in(path.read_text()):
             yield path.name, script, arguments
-    for path in SCRIPTS:
+    for path in PROGRAMS:
         docstring = ast.get_docstring(ast.parse(path.read_text()))
         for script, arguments in commands_in(f"```bash\n{docstring[docstring.index('accelerate launch') :]}\n```"):
             yield path.name, script, arguments
@@ -121,7 +124,7 @@ def test_commands_are_found():
     """Else nothing below would be tried."""
     counts = Counter(where for where, *_ in COMMANDS)
     assert counts["README.md"] >= 10 and counts["recipes.md"] >= 4 and counts["cluster.md"] >= 5, counts
-    assert all(counts[path.name] >= 3 for path in SCRIPTS), counts
+    assert all(counts[path.name] >= 3 for path in PROGRAMS), counts
 
 
 @pytest.mark.parametrize("where, script, arguments", COMMANDS)
@@ -134,6 +137,8 @@ def test_documented_commands_parse(where, script, arguments, tmp_path, monkeypat
         # Folders that the reader has; what lies in the repository must be there.
         if flag.endswith("_dir") and not value.startswith(("/", "configs/", "demo/")):
             os.makedirs(value, exist_ok=True)
+        if flag == "--prompts":
+            Path(value).write_text('{"prompt": "a cat"}\n')
         if value.endswith("/train_args.yaml"):  # of an earlier run
             os.makedirs(os.path.dirname(value), exist_ok=True)
             name = Path(script).stem.removeprefix("train_")

@@ -8,8 +8,6 @@ import pytest
 from helpers import ROOT
 from packaging.requirements import Requirement
 
-from tools import sync
-
 
 def test_named_tests_exist():
     """Every test that a document names as `folder/file.py::name` is defined in that file."""
@@ -28,7 +26,7 @@ def requirements(name):
     return [line for line in lines if line and not line.startswith(("#", "-r"))]
 
 
-@pytest.mark.parametrize("path", sync.find_scripts(ROOT), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
 def test_scripts_name_their_requirements(path):
     """uv reads in a script, as PEP 723 has it, what requirements.txt lists; the docstring stays first."""
     source = path.read_text()

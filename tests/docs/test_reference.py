@@ -7,6 +7,8 @@ import importlib
 import pytest
 from helpers import ROOT
 
+from tools.sync import find_scripts
+
 
 # All flags of the example scripts of each method, by the script that takes their place here.
 REFERENCE = {
@@ -50,7 +52,7 @@ REFERENCE = {
     use_8bit_adam
 """.split(),
 }
-SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+SCRIPTS = sorted(path.stem for path in find_scripts(ROOT))
 
 
 def actions_of(script, monkeypatch):

@@ -312,6 +312,13 @@ def test_another_kind_of_noise_is_refused(train, base, tmp_path):
         train("out", "--pretrained_model_name_or_path", model)
 
 
+def test_a_checkpoints_average_knows_its_size(train, tmp_path):
+    """Else no pipeline could draw with it."""
+    out = train("out", "--use_ema", "--checkpointing_steps", 1, "--max_train_steps", 1)
+    for part in ("unet", "unet_ema"):
+        assert UNet2DModel.from_pretrained(out / "checkpoint-1" / part).config.sample_size == 16
+
+
 def test_a_unet_for_amounts_of_noise_is_refused(train, tmp_path):
     """It divides by the timestep, which may be 0."""
     config = write_config(tmp_path / "config", time_embedding_type="fourier")

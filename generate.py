@@ -1,0 +1,486 @@
+"""Draws pictures with a model that a training script left, or with any other that diffusers loads.
+
+The model is a folder, a file or a Hub id: a whole pipeline, adapters, a new word, or a checkpoint's unet or unet_ema.
+What adapters, a word or a UNet go on is found in the run's train_args.yaml, in the model card, or by --base. Each
+picture has a generator of its own, from its seed, its prompt and its number. So the pictures are the same on any
+number of processes, and in any order. Those that are there already are not drawn again.
+
+--output_dir gets pictures/ with a metadata.jsonl that the training scripts read, and grid.png. The second model's
+pictures, with --compare, are in compare/.
+
+    accelerate launch generate.py --model my-lora --prompt "a photo of sks dog" --num_images_per_prompt 8
+    accelerate launch --num_processes 4 generate.py --model my-model --prompts prompts.jsonl --output_dir drawn
+    accelerate launch generate.py --model my-model --compare my-base --prompt "a cat" --output_dir side-by-side
+"""
+
+# What `uv run` installs, as requirements.txt lists it (PEP 723)
+#
+# /// script
+# requires-python = ">=3.11,<3.15"
+# dependencies = [
+#     "torch>=2.13,<2.14", "diffusers>=0.41,<0.43", "transformers>=5.23,<6",
+#     "accelerate>=1.13,<2", "datasets>=4,<6", "peft>=0.20,<0.22", "huggingface_hub>=1.32,<3",
+#     "filelock>=4.2,<5", "safetensors>=0.8,<1", "numpy>=2.0.2,<3", "Pillow>=11,<14", "PyYAML>=6.0.1,<7",
+#     "psutil>=6,<8", "tqdm>=4.66.3,<5", "tensorboard>=2.18,<3", "wandb>=0.26.1,<1",
+#     "prodigyopt>=1.1.2,<2", "bitsandbytes>=0.50,<1",
+# ]
+# ///
+
+import argparse
+import collections
+import csv
+import hashlib
+import inspect
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import yaml
+
+
+# The flags and the prompts
+
+
+NUMBERS = {"seed": int, "num_inference_steps": int, "guidance_scale": float, "height": int, "width": int}
+COLUMNS = ("prompt", "text", "negative_prompt", "image", *NUMBERS)  # of a file of prompts; text is a prompt, too
+
+
+def parse_args(argv=None):
+    """Parses the command line, and works out args.jobs; what is wrong is said before anything heavy loads."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--model", nargs="+", required=True, help="what to draw with; adapters and words after it go onto it")
+    add("--base", help="what adapters, a word or a UNet go on, if the run does not say; of a single file, its configs")
+    add("--compare", nargs="+", help="a second model, which draws the same from the same noise")
+    add("--lora_scale", type=float, nargs="+", default=[1.0], help="strength of the adapters: one, or one for each")
+    add("--prompt", nargs="+", help="prompts, if the model takes any")
+    add("--prompts", help="a .txt with a prompt a line, or .jsonl, .csv, .parquet with columns " + ", ".join(COLUMNS))
+    add("--negative_prompt", help="what not to draw")
+    add("--image", help="picture to start from, or to be controlled by, if the model takes one")
+    add("--num_images_per_prompt", type=int, default=1, help="pictures of each prompt")
+    add("--seed", type=int, default=0, help="names, with prompt and number, the noise of a picture")
+    add("--num_inference_steps", type=int, help="default: the pipeline's")
+    add("--guidance_scale", type=float, help="default: the pipeline's")
+    add("--height", type=int, help="in pixels; default: the run's --resolution, or the pipeline's")
+    add("--width", type=int, help="in pixels; default: the run's --resolution, or the pipeline's")
+    add("--scheduler", help="a sampler of diffusers, such as DPMSolverMultistepScheduler; default: the model's")
+    add("--dtype", choices=["fp32", "fp16", "bf16"], help="default: fp16 on a GPU, fp32 on a CPU")
+    add("--batch_size", type=int, default=1, help="pictures at once; batch-mates change each other's last bits")
+    add("--vae_tiling", action="store_true", help="decode large pictures in parts, which takes less memory")
+    add("--torch_compile", action="store_true", help="compile the UNet's blocks, for hundreds of pictures")
+    add("--output_dir", default="generated", help="folder of what is drawn")
+    args = parser.parse_args(argv)
+    if min(args.num_images_per_prompt, args.batch_size) < 1:
+        parser.error("--num_images_per_prompt and --batch_size have to be 1 or more")
+    if args.prompt and args.prompts:
+        parser.error("give --prompt or --prompts, not both")
+    rows = read_prompts(args.prompts) if args.prompts else [{"prompt": prompt} for prompt in args.prompt or [""]]
+    args.jobs = make_jobs(args, rows)
+    return args
+
+
+def read_prompts(file):
+    """Returns the rows of a file of prompts: dictionaries of some of COLUMNS, each with a prompt."""
+    path = Path(file)
+    try:
+        if path.suffix == ".parquet":
+            from pyarrow import parquet
+
+            rows = parquet.read_table(path).to_pylist()
+        else:
+            lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            readers = {
+                ".txt": lambda lines: [{"prompt": line.strip()} for line in lines],
+                ".jsonl": lambda lines: [json.loads(line) for line in lines],
+                ".csv": lambda lines: list(csv.DictReader(lines, strict=True)),
+            }
+            rows = readers[path.suffix](lines)
+        known = [{name: row[name] for name in COLUMNS if row.get(name) not in (None, "")} for row in rows]
+        for row in known:
+            row.update({name: kind(row[name]) for name, kind in NUMBERS.items() if name in row})
+            row["prompt"] = row["prompt"] if "prompt" in row else row["text"]
+    except KeyError as error:
+        raise SystemExit(f"--prompts {file}: {error} is no ending that is read, or a column that a row lacks.")
+    except Exception as error:  # anything, from a missing file to a number that is none
+        raise SystemExit(f"--prompts {file} cannot be read: {error}")
+    if not known:
+        raise SystemExit(f"--prompts {file} holds no prompt.")
+    if others := {str(name) for row in rows for name in row} - {*COLUMNS}:
+        print(f"--prompts {file}: columns that are not read: {', '.join(sorted(others))}", file=sys.stderr)
+    return known
+
+
+def make_jobs(args, rows):
+    """Returns all that is to be said of each picture: its file's name, prompt, settings, seed and number.
+
+    The number counts the pictures of a prompt and seed, so that no two of them are alike.
+    """
+    jobs, numbers = [], collections.Counter()
+    for place, row in enumerate(rows):
+        settings = {name: row.get(name, getattr(args, name)) for name in ("negative_prompt", "image", *NUMBERS)}
+        if settings["image"] and not Path(settings["image"]).is_file():
+            raise SystemExit(f"There is no picture {settings['image']}.")
+        for copy in range(args.num_images_per_prompt):
+            job = {"file_name": f"{place:05d}-{copy}.png", "prompt": row["prompt"], **settings}
+            job["number"] = numbers[job["prompt"], job["seed"]]
+            numbers[job["prompt"], job["seed"]] += 1
+            jobs.append(job)
+    return jobs
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the slow imports, so that --help and a wrong flag answer at once
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it asks for torchvision, which nothing here needs
+
+import diffusers
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from diffusers.utils import make_image_grid
+from filelock import FileLock, Timeout
+from huggingface_hub import HfApi, ModelCard
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
+from safetensors import safe_open
+from tqdm import tqdm
+
+
+# The model
+
+
+KINDS = {  # what a folder holds, by the first of these names that is in it
+    "model_index.json": "pipeline",
+    "pytorch_lora_weights.safetensors": "adapters",
+    "learned_embeds.safetensors": "word",
+    "unet": "checkpoint",
+    "config.json": "part",
+}
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}  # of a scheduler that ends in noise alone
+
+
+def kind_of(model):
+    """Tells what a folder, a file or a Hub id holds: one of KINDS, or "file", a whole model."""
+    path = Path(model)
+    if path.is_file():
+        with safe_open(path, "pt") as file:
+            keys = [*file.keys()]
+        if any("lora" in key for key in keys):
+            return "adapters"
+        return "word" if len(keys) < 3 else "file"
+    try:
+        names = os.listdir(path) if path.is_dir() else [name.split("/")[0] for name in HfApi().list_repo_files(model)]
+    except Exception:  # without a network, the cache may have it
+        return "pipeline"
+    for name, kind in KINDS.items():
+        if name in names:
+            return kind
+    raise ValueError(f"it holds none of {', '.join(KINDS)}")
+
+
+def run_flags(model):
+    """Returns the flags of the run that left a model: from its train_args.yaml, or of the base only, from its card."""
+    path = Path(model)
+    for folder in (path, *path.absolute().parents[:2]):  # a checkpoint's unet stands two folders deeper
+        if (folder / "train_args.yaml").is_file():
+            return yaml.safe_load((folder / "train_args.yaml").read_text())
+    try:
+        card = ModelCard.load(path / "README.md" if path.is_dir() else model)
+    except Exception:  # there is none
+        return {}
+    return {"pretrained_model_name_or_path": card.data.get("base_model")}
+
+
+def open_whole(model, flags):
+    """Opens a whole model: a pipeline's folder or Hub id, or a single file."""
+    if not model.endswith(".safetensors"):
+        chosen = {name: flags[name] for name in ("revision", "variant") if flags.get(name)}
+        return diffusers.DiffusionPipeline.from_pretrained(model, **chosen)
+    with safe_open(model, "pt") as file:
+        xl = any(key.startswith("conditioner.") for key in file.keys())
+    kind = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
+    return kind.from_single_file(model, config=flags.get("single_file_config"))
+
+
+def open_base(args, model):
+    """Opens what adapters, a word or a UNet were trained on, with the VAE and the noise schedule of their run."""
+    flags = run_flags(model)
+    base = args.base or flags.get("pretrained_model_name_or_path")
+    if not base:
+        raise ValueError("nothing says what it goes on: give --base")
+    try:
+        pipeline = open_whole(base, flags)
+    except Exception as error:
+        raise ValueError(f"it goes on {base}, which does not load (--base names another): {error}")
+    if flags.get("pretrained_vae_model_name_or_path"):
+        pipeline.vae = diffusers.AutoencoderKL.from_pretrained(flags["pretrained_vae_model_name_or_path"])
+    changes = {"prediction_type": flags["prediction_type"]} if flags.get("prediction_type") else {}
+    sampler = type(pipeline.scheduler)
+    if changes.get("prediction_type") == "sample":
+        sampler, changes["clip_sample"] = diffusers.DDIMScheduler, False  # not all, such as SD 1.x's, can sample so
+    if flags.get("rescale_betas_zero_snr"):
+        changes |= ZERO_SNR
+        able = "rescale_betas_zero_snr" in inspect.signature(sampler).parameters
+        sampler = sampler if able else diffusers.EulerDiscreteScheduler
+    if changes:
+        pipeline.scheduler = sampler.from_config(pipeline.scheduler.config, **changes)
+    return pipeline
+
+
+def open_pixels(args, model, unet):
+    """Opens a UNet of pixels with the noise schedule of its run."""
+    flags = run_flags(model)
+    base, scheduler = args.base or flags.get("pretrained_model_name_or_path"), diffusers.DDPMScheduler()
+    if base:
+        scheduler = diffusers.DDPMScheduler.from_pretrained(base, subfolder="scheduler")
+    names = {"num_train_timesteps": "ddpm_num_steps", "beta_schedule": "ddpm_beta_schedule"}
+    names["prediction_type"] = "prediction_type"
+    changes = {name: flags[flag] for name, flag in names.items() if flags.get(flag) is not None}
+    scheduler = diffusers.DDPMScheduler.from_config(scheduler.config, **changes)
+    return diffusers.DDPMPipeline(unet=diffusers.UNet2DModel.from_pretrained(unet), scheduler=scheduler)
+
+
+def class_of(model):
+    """Returns the name of a model's class."""
+    return diffusers.UNet2DModel.load_config(model)["_class_name"]
+
+
+def add_part(pipeline, model, kind, adapters):
+    """Puts a part onto a pipeline, and returns that: adapters, a word, or models in the place of the pipeline's."""
+    if kind == "adapters":
+        adapters.append(f"adapters_{len(adapters)}")
+        pipeline.load_lora_weights(model, adapter_name=adapters[-1])
+    elif kind == "word":
+        pipeline.load_textual_inversion(model)
+        if hasattr(pipeline, "text_encoder_2"):
+            second = {"text_encoder": pipeline.text_encoder_2, "tokenizer": pipeline.tokenizer_2}
+            pipeline.load_textual_inversion(model, weight_name="learned_embeds_2.safetensors", **second)
+    elif kind == "checkpoint":  # of a run that trains whole models
+        for name in {"unet", "text_encoder", "text_encoder_2"} & {*os.listdir(model)}:
+            setattr(pipeline, name, type(getattr(pipeline, name)).from_pretrained(Path(model, name)))
+    elif kind == "part" and class_of(model) == "ControlNetModel":
+        controlnet = diffusers.ControlNetModel.from_pretrained(model)
+        return diffusers.AutoPipelineForText2Image.from_pipe(pipeline, controlnet=controlnet)
+    elif kind == "part":
+        pipeline.unet = type(pipeline.unet).from_pretrained(model)
+    else:
+        raise ValueError(f"{model} is a whole model, and only the first one may be")
+    return pipeline
+
+
+def open_model(args, models):
+    """Opens what --model or --compare names: the first, or what it goes on, with the parts that go onto that."""
+    kinds, adapters = [kind_of(model) for model in models], []
+    unet = models[0] if kinds[0] == "part" else Path(models[0], "unet")
+    whole = True
+    if kinds[0] in ("pipeline", "file"):
+        pipeline = open_whole(models[0], {"single_file_config": args.base})
+    elif kinds[0] in ("part", "checkpoint") and class_of(unet) == "UNet2DModel":
+        pipeline = open_pixels(args, models[0], unet)
+    else:
+        pipeline, whole = open_base(args, models[0]), False
+    for model, kind in list(zip(models, kinds))[whole:]:
+        pipeline = add_part(pipeline, model, kind, adapters)
+    scales = args.lora_scale * len(adapters) if len(args.lora_scale) == 1 else args.lora_scale
+    if len(scales) != len(adapters):
+        raise ValueError(f"--lora_scale has {len(scales)} numbers, and there are {len(adapters)} adapters")
+    if adapters:
+        pipeline.set_adapters(adapters, scales)
+    return pipeline
+
+
+def prepare(args, pipeline, device):
+    """Brings a pipeline to the device as the flags say; returns what its pictures say of it."""
+    if args.scheduler:
+        pipeline.scheduler = getattr(diffusers, args.scheduler).from_config(pipeline.scheduler.config)
+    dtype = args.dtype or ("fp16" if device.type == "cuda" else "fp32")
+    pipeline.to(device, {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype])
+    pipeline.set_progress_bar_config(disable=True)
+    if args.vae_tiling:
+        pipeline.vae.enable_tiling()
+    if args.torch_compile:
+        pipeline.unet.compile_repeated_blocks()
+    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    checksum = 0
+    for weight in itertools.chain(*(part.state_dict().values() for part in parts)):
+        checksum = zlib.crc32(weight.cpu().reshape(-1).view(torch.uint8).numpy(), checksum)
+    scales = {"lora_scale": args.lora_scale} if args.lora_scale != [1.0] else {}
+    return {"scheduler": type(pipeline.scheduler).__name__, "dtype": dtype, "weights": f"{checksum:08x}", **scales}
+
+
+# The pictures
+
+
+def fill_in(jobs, pipeline, flags):
+    """Gives jobs the settings that were left open: the run's resolution, and the pipeline's own."""
+    known = inspect.signature(pipeline.__call__).parameters
+    for name in [name for name in NUMBERS if name in known]:
+        usual = known[name].default
+        if name in ("height", "width") and usual is None:
+            usual = flags.get("resolution")
+        for job in jobs:
+            job[name] = usual if job[name] is None else job[name]
+
+
+def noise_seed(job):
+    """Returns the seed of a picture's noise: 32 bits, from its seed, prompt and number."""
+    named = json.dumps([job["seed"], job["prompt"], job["number"]])
+    return int(hashlib.blake2b(named.encode(), digest_size=4).hexdigest(), 16)
+
+
+def draw(pipeline, jobs):
+    """Draws the pictures of jobs of one shape_of."""
+    known, first = inspect.signature(pipeline.__call__).parameters, jobs[0]
+    given = {name: first[name] for name in NUMBERS if name != "seed" and first[name] is not None}
+    if "prompt" in known or first["prompt"]:
+        given["prompt"] = [job["prompt"] for job in jobs]
+    else:
+        given["batch_size"] = len(jobs)
+    if first["negative_prompt"] is not None:
+        given["negative_prompt"] = [job["negative_prompt"] for job in jobs]
+    if first["image"]:
+        given["image"] = [Image.open(job["image"]).convert("RGB") for job in jobs]
+    if unknown := given.keys() - known.keys():
+        raise SystemExit(f"A {type(pipeline).__name__} takes no {' and no '.join(sorted(unknown))}.")
+    return pipeline(**given, generator=[torch.Generator().manual_seed(noise_seed(job)) for job in jobs]).images
+
+
+def shape_of(job):
+    """Returns what the pictures of a batch have in common, as text."""
+    alike = [job[name] for name in NUMBERS if name != "seed"]
+    return str([*alike, job["negative_prompt"] is None, job["image"] is None])
+
+
+def save_whole(image, file, **settings):
+    """Writes a PNG beside its place and renames it, so that it is whole or not there."""
+    beside = file.with_name(f".{file.name}.tmp")
+    image.save(beside, "PNG", **settings)
+    os.replace(beside, file)
+
+
+def save_picture(image, file, job, settings):
+    """Writes a picture with its settings in it, for this program and as A1111 writes them."""
+    negative = f"\nNegative prompt: {job['negative_prompt']}" if job["negative_prompt"] else ""
+    notes = PngInfo()
+    notes.add_itxt("settings", json.dumps(job | settings))
+    notes.add_itxt(
+        "parameters",
+        f"{job['prompt']}{negative}\nSteps: {job['num_inference_steps']}, Sampler: {settings['scheduler']}, "
+        f"CFG scale: {job['guidance_scale']}, Seed: {noise_seed(job)}, Size: {image.width}x{image.height}, "
+        f"Model hash: {settings['weights']}",
+    )
+    save_whole(image, file, pnginfo=notes)
+
+
+def missing_jobs(folder, jobs, settings):
+    """Lists what is still to be drawn; refuses a folder with a picture that was drawn in another way."""
+    missing = []
+    for job in jobs:
+        file, wanted = folder / job["file_name"], job | settings
+        if not file.exists():
+            missing.append(job)
+            continue
+        with Image.open(file) as image:
+            drawn = json.loads(image.info.get("settings", "{}"))
+        if changed := [name for name in wanted if drawn.get(name) != wanted[name]]:
+            sentence = f"was drawn with another {' and another '.join(changed)}: take another --output_dir."
+            raise SystemExit(f"{file} {sentence}")
+    return missing
+
+
+def draw_missing(args, state, models, folder, stop):
+    """Draws what a folder lacks of the jobs, ranks by turns; returns how many pictures that is."""
+    try:
+        pipeline = open_model(args, models)
+        settings = prepare(args, pipeline, state.device)
+    except Exception as error:  # diffusers raises nearly anything over files that it cannot use
+        raise SystemExit(f"{' '.join(models)} cannot be loaded: {error}")
+    fill_in(args.jobs, pipeline, run_flags(models[0]))
+    # Rank 0 alone looks, before any draws: others would find what has been drawn since.
+    missing = broadcast_object_list([missing_jobs(folder, args.jobs, settings) if state.is_main_process else None])[0]
+    batches = []
+    for _, alike in itertools.groupby(sorted(missing, key=shape_of), shape_of):
+        alike = list(alike)
+        batches += [alike[first : first + args.batch_size] for first in range(0, len(alike), args.batch_size)]
+    mine = batches[state.process_index :: state.num_processes]
+    for jobs in tqdm(mine, "drawing", disable=not state.is_main_process):
+        for job, image in zip(jobs, draw(pipeline, jobs)):
+            save_picture(image, folder / job["file_name"], job, settings)
+        if stop:
+            raise SystemExit(128 + stop[0])
+    return len(missing)
+
+
+# What else there is
+
+
+def write_metadata(folder, jobs):
+    """Writes a row for each picture: its file, its prompt as "text", and what it was drawn with."""
+    beside = folder / ".metadata.jsonl.tmp"
+    with open(beside, "w", encoding="utf-8") as lines:
+        for job in jobs:
+            row = {"file_name": job["file_name"], "text": job["prompt"]} | job
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    os.replace(beside, folder / "metadata.jsonl")
+
+
+def write_grid(folders, jobs, file, columns=8, rows=8, side=256):
+    """Writes a sheet of the first pictures; those of a second model stand below the first one's."""
+    names = [job["file_name"] for job in jobs[: columns * rows]]
+    columns = min(columns, len(names))
+    names += [None] * (-len(names) % columns)
+    sheet = []
+    for first, folder in itertools.product(range(0, len(names), columns), folders):
+        for name in names[first : first + columns]:
+            picture = Image.open(folder / name).convert("RGB") if name else Image.new("RGB", (side, side), "white")
+            sheet.append(ImageOps.pad(picture, (side, side), color="white"))
+    save_whole(make_image_grid(sheet, len(sheet) // columns, columns), file)
+
+
+def main(args):
+    """Draws what --output_dir lacks. A signal ends it after the batch at hand, with 128 + signal."""
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    state, stop = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")), []
+    if int(os.environ.get("WORLD_SIZE", 1)) != state.num_processes:  # each would draw all
+        raise SystemExit("The processes do not know of each other: on CPUs, set ACCELERATE_USE_CPU=true.")
+    models = {"pictures": args.model} | ({"compare": args.compare} if args.compare else {})
+    folders = [Path(args.output_dir, name) for name in models]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(args.output_dir, ".lock"))
+    try:
+        if state.is_main_process:
+            lock.acquire(timeout=0)
+    except Timeout:
+        raise SystemExit(f"Another run is at work in {args.output_dir}: let it end, or take another --output_dir.")
+
+    def ask_to_stop(signum, frame):
+        if stop and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.append(signum)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ask_to_stop)
+    started = time.perf_counter()
+    count = sum(draw_missing(args, state, models[folder.name], folder, stop) for folder in folders)
+    seconds = time.perf_counter() - started
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)  # else none could end what waits for the others
+    state.wait_for_everyone()
+    if state.is_main_process:
+        for folder in folders:
+            write_metadata(folder, args.jobs)
+        write_grid(folders, args.jobs, Path(args.output_dir, "grid.png"))
+        speed = f"{count / seconds:.2f} a second with loading, on {state.num_processes} processes"
+        print(f"{count} pictures drawn in {seconds:.1f} s ({speed}). All are in {' and '.join(map(str, folders))}.")
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(args)

@@ -1,0 +1,296 @@
+"""generate.py: the same pictures on any number of processes, from whatever a script leaves, told by their files."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from diffusers import DDPMPipeline, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from helpers import WORD, files_in, finish, flags_of, run, start_ranks, state_of, write_config
+from PIL import Image
+from single_file import save_single_file
+
+import generate
+import textual_inversion
+import train_lora
+import train_text_to_image
+import train_unconditional
+
+
+PROMPTS = ["a red circle", "a green square", "a red circle"]
+FEW = ("--num_inference_steps", 2)
+
+
+@pytest.fixture
+def draw(tiny_model, tmp_path):
+    """draw(name, *flags) draws with the tiny model, or with --model, into a folder, and returns it."""
+
+    def into(name, *flags, model=tiny_model):
+        run(generate, "--model", model, *FEW, "--height", 32, "--width", 32, "--output_dir", tmp_path / name, *flags)
+        return tmp_path / name
+
+    return into
+
+
+def pixels(folder):
+    """The pictures of a folder by their names, as numbers."""
+    return {file.name: np.asarray(Image.open(file)).astype(int) for file in sorted(folder.glob("*.png"))}
+
+
+def by_hand(pipeline, prompt, number=0, seed=0, **settings):
+    """What generate.py should draw."""
+    generator = torch.Generator().manual_seed(generate.noise_seed({"seed": seed, "prompt": prompt, "number": number}))
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"height": 32, "width": 32, "num_inference_steps": 2, "generator": generator, **settings}
+    return np.asarray(pipeline(prompt, **settings).images[0]).astype(int)
+
+
+# The pictures.
+
+
+def test_pictures_by_hand(draw, tiny_model):
+    """Each is the pipeline's own from its own noise; no two are alike, also of a prompt that is given twice."""
+    drawn = pixels(draw("out", "--prompt", *PROMPTS, "--num_images_per_prompt", 2) / "pictures")
+    assert list(drawn) == [f"0000{prompt}-{copy}.png" for prompt in range(3) for copy in range(2)]
+    assert len({picture.tobytes() for picture in drawn.values()}) == 6
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
+    for name, prompt, number in (("00000-0", 0, 0), ("00001-1", 1, 1), ("00002-1", 2, 3)):
+        assert (drawn[f"{name}.png"] == by_hand(pipeline, PROMPTS[prompt], number)).all()
+
+
+@pytest.mark.launch
+def test_processes_order_and_what_is_there_do_not_matter(draw, start, tiny_model, tmp_path):
+    """One process, two and three, and a run that was interrupted, draw the same bytes."""
+    flags = ("--prompt", *PROMPTS, "--num_images_per_prompt", 2, "--height", 32, "--width", 32)
+    whole = draw("whole", *flags)
+    wanted = files_in(whole / "pictures")
+    for ranks in (2, 3):
+        words = ("--model", tiny_model, *FEW, *flags, "--output_dir", tmp_path / f"of-{ranks}")
+        finish(lambda *given, **how: start(*given, script="generate", **how), words, ranks)
+        assert files_in(tmp_path / f"of-{ranks}" / "pictures") == wanted
+    some = tmp_path / "some" / "pictures"
+    some.mkdir(parents=True)
+    for name in ("00000-1.png", "00002-0.png"):
+        shutil.copy(whole / "pictures" / name, some)
+    before = state_of(some)
+    assert files_in(draw("some", *flags) / "pictures") == wanted
+    assert before.items() <= state_of(some).items()
+
+
+def test_batches_change_last_bits_alone(draw):
+    """Above one picture at a time, batch-mates round differently."""
+    flags = ("--prompt", *PROMPTS, "--num_images_per_prompt", 2)
+    alone, together = (pixels(draw(f"by-{size}", *flags, "--batch_size", size) / "pictures") for size in (1, 4))
+    assert alone.keys() == together.keys()
+    assert max(abs(alone[name] - together[name]).max() for name in alone) <= 2
+
+
+@pytest.mark.launch
+def test_a_signal_ends_it_after_the_picture(start, draw, tiny_model, tmp_path):
+    """What is there is whole, and the same command draws the rest."""
+    flags = ("--prompt", "a red circle", "--num_images_per_prompt", 40, "--height", 32, "--width", 32)
+    words = ("--model", tiny_model, *FEW, *flags, "--output_dir", tmp_path / "out")
+    (process,) = start_ranks(lambda given: start(given, script="generate"), words, 1)
+    process.until(lambda: len(list((tmp_path / "out").glob("pictures/*.png"))) > 1)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(20) == 143
+    drawn = state_of(tmp_path / "out" / "pictures")
+    assert 1 < len(drawn) < 40 and not any(name.endswith(".tmp") for name in drawn)
+    assert drawn.items() <= state_of(draw("out", *flags) / "pictures").items()
+    assert len(list((tmp_path / "out").glob("pictures/*.png"))) == 40
+
+
+def test_another_model_is_not_mixed_in(draw, tiny_v_model, tmp_path):
+    """A folder holds pictures of one model, one scheduler and one set of flags."""
+    draw("out", "--prompt", "a red circle")
+    before = state_of(tmp_path / "out")
+    for changed, flags in {
+        "weights": ("--lora_scale", 1.0),
+        "guidance_scale": ("--guidance_scale", 3),
+        "prompt": ("--prompt", "a green square"),
+        "scheduler": ("--scheduler", "EulerDiscreteScheduler"),
+    }.items():
+        model = {"model": tmp_path / "other"} if changed == "weights" else {}
+        if model:
+            pipeline = StableDiffusionPipeline.from_pretrained(tiny_v_model)
+            pipeline.unet.conv_in.bias.data += 1
+            pipeline.save_pretrained(model["model"])
+        with pytest.raises(SystemExit, match=f"00000-0.png was drawn with another .*{changed}.*: take another"):
+            draw("out", "--prompt", "a red circle", *flags, **model)
+    assert state_of(tmp_path / "out") == before
+
+
+def test_compare_draws_from_the_same_noise(draw, tiny_model, tiny_v_model, tmp_path):
+    """Two models side by side: the second's pictures stand in a folder of their own, and below in the sheet."""
+    out = draw("out", "--prompt", *PROMPTS, "--compare", tiny_v_model)
+    second = StableDiffusionPipeline.from_pretrained(tiny_v_model)
+    assert (pixels(out / "compare")["00001-0.png"] == by_hand(second, PROMPTS[1])).all()
+    sheet = Image.open(out / "grid.png")
+    assert sheet.size == (3 * 256, 2 * 256)
+    below = np.asarray(sheet.crop((256, 256, 512, 512)).resize((32, 32), Image.Resampling.BOX)).astype(int)
+    assert abs(below - pixels(out / "compare")["00001-0.png"]).mean() < 8
+    assert files_in(draw("same", "--prompt", *PROMPTS) / "pictures") == files_in(out / "pictures")
+
+
+def test_settings_are_in_the_picture(draw, tmp_path):
+    """As A1111 writes them, and in metadata.jsonl, which the training scripts read as captions."""
+    out = draw("out", "--prompt", "a red circle", "--negative_prompt", "blue", "--seed", 5, "--guidance_scale", 3)
+    text = Image.open(out / "pictures" / "00000-0.png").info["parameters"]
+    seed = generate.noise_seed({"seed": 5, "prompt": "a red circle", "number": 0})
+    wanted = f"a red circle\nNegative prompt: blue\nSteps: 2, Sampler: DDIMScheduler, CFG scale: 3.0, Seed: {seed}, "
+    assert text.startswith(f"{wanted}Size: 32x32, Model hash: ")
+    (row,) = map(json.loads, (out / "pictures" / "metadata.jsonl").read_text().splitlines())
+    assert row["text"] == "a red circle" and row["seed"] == 5 and row["negative_prompt"] == "blue"
+    args = train_text_to_image.parse_args(flags_of("me/model", out / "pictures", tmp_path / "trained"))
+    (record,) = train_text_to_image.read_records(args)
+    assert record["captions"] == ["a red circle"]
+
+
+# The models.
+
+
+@pytest.fixture(scope="module")
+def results(tiny_model, pictures, tmp_path_factory):
+    """Runs of the scripts: of adapters twice, a word, a whole model with an average, and one of pixels."""
+    folder = tmp_path_factory.mktemp("results")
+    short = ("--max_train_steps", 1, "--checkpointing_steps", 1, "--learning_rate", 1e-1)
+    for seed, name in enumerate(("lora", "lora-2")):
+        run(train_lora, *flags_of(tiny_model, pictures, folder / name, *short, "--seed", seed))
+    word = ("--placeholder_token", WORD, "--initializer_token", "red")
+    run(textual_inversion, *flags_of(tiny_model, pictures, folder / "word", *short, *word))
+    v = ("--prediction_type", "v_prediction", "--use_ema")
+    run(train_text_to_image, *flags_of(tiny_model, pictures, folder / "whole", *short, *v))
+    config = write_config(folder / "config")
+    words = ("--model_config_name_or_path", config, "--train_data_dir", pictures, "--output_dir", folder / "pixels")
+    words += ("--resolution", 16, "--train_batch_size", 2, "--eval_batch_size", 0, "--report_to", "none")
+    run(train_unconditional, *words, *short, "--prediction_type", "v_prediction", "--use_ema")
+    return folder
+
+
+def test_adapters(draw, results, tiny_model, tmp_path):
+    """On the base of their run, at a scale, and several at once."""
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
+    plain = by_hand(pipeline, "a red circle")
+    pipeline.load_lora_weights(results / "lora", adapter_name="one")
+    drawn = pixels(draw("one", "--prompt", "a red circle", model=results / "lora") / "pictures")["00000-0.png"]
+    assert (drawn == by_hand(pipeline, "a red circle")).all() and (drawn != plain).any()
+    pipeline.set_adapters("one", 0.5)
+    half = draw("half", "--prompt", "a red circle", "--lora_scale", 0.5, model=results / "lora" / "checkpoint-1")
+    assert (pixels(half / "pictures")["00000-0.png"] == by_hand(pipeline, "a red circle")).all()
+    pipeline.load_lora_weights(results / "lora-2", adapter_name="two")
+    pipeline.set_adapters(["one", "two"], [0.5, 0.7])
+    flags = ("--prompt", "a red circle", "--lora_scale", 0.5, 0.7)
+    both = tmp_path / "both"
+    models = ("--model", results / "lora", results / "lora-2")
+    run(generate, *models, *FEW, *flags, "--height", 32, "--width", 32, "--output_dir", both)
+    assert (pixels(both / "pictures")["00000-0.png"] == by_hand(pipeline, "a red circle")).all()
+
+
+def test_a_word(draw, results, tiny_model):
+    """It is known in prompts."""
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
+    pipeline.load_textual_inversion(results / "word")
+    drawn = draw("out", "--prompt", f"a {WORD}", model=results / "word")
+    assert (pixels(drawn / "pictures")["00000-0.png"] == by_hand(pipeline, f"a {WORD}")).all()
+
+
+def test_a_checkpoint(draw, results, tiny_model):
+    """Its UNet, or the average, goes on the base, and samples as it was trained."""
+    pipeline = DiffusionPipeline.from_pretrained(results / "whole")
+    for name, part in (("checkpoint-1", "unet"), ("checkpoint-1/unet_ema", "unet_ema")):
+        pipeline.unet = UNet2DConditionModel.from_pretrained(results / "whole" / "checkpoint-1" / part)
+        drawn = draw(part, "--prompt", "a red circle", model=results / "whole" / name)
+        assert (pixels(drawn / "pictures")["00000-0.png"] == by_hand(pipeline, "a red circle")).all()
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+
+
+def test_a_single_file(draw, tiny_model, tmp_path):
+    """As other programs take it."""
+    file = save_single_file(tiny_model, tmp_path / "model.safetensors")
+    drawn = draw("out", "--prompt", "a red circle", "--base", tiny_model, model=file)
+    wanted = by_hand(StableDiffusionPipeline.from_pretrained(tiny_model), "a red circle")
+    assert abs(pixels(drawn / "pictures")["00000-0.png"] - wanted).max() <= 1
+
+
+def test_a_model_of_pixels(results, tmp_path):
+    """It takes no prompt; a checkpoint of a new one has the noise schedule of its flags."""
+    for name, model in (("whole", "pixels"), ("averaged", "pixels/checkpoint-1/unet_ema")):
+        flags = ("--num_images_per_prompt", 2, "--batch_size", 2, *FEW)
+        run(generate, "--model", results / model, *flags, "--output_dir", tmp_path / name)
+    drawn, averaged = (pixels(tmp_path / name / "pictures") for name in ("whole", "averaged"))
+    assert {picture.shape for picture in drawn.values()} == {(16, 16, 3)} and len(drawn) == 2
+    pipeline = DDPMPipeline.from_pretrained(results / "pixels")
+    seeds = [generate.noise_seed({"seed": 0, "prompt": "", "number": number}) for number in range(2)]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    pipeline.set_progress_bar_config(disable=True)
+    wanted = pipeline(batch_size=2, generator=generators, num_inference_steps=2).images
+    assert all((np.asarray(image).astype(int) == drawn[f"00000-{i}.png"]).all() for i, image in enumerate(wanted))
+    assert all((averaged[name] == drawn[name]).all() for name in drawn)  # the result is the average
+
+
+# The prompts.
+
+
+def test_files_of_prompts(draw, tiny_model, tmp_path, capsys):
+    """Lines, or rows with settings of their own."""
+    rows = [{"prompt": "a red circle", "seed": 3}, {"prompt": "a green square", "guidance_scale": 3.5, "note": "x"}]
+    (tmp_path / "p.txt").write_text("a red circle\n\n a green square \n")
+    (tmp_path / "p.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with open(tmp_path / "p.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["text", "seed", "guidance_scale"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows([{**row, "text": row["prompt"]} for row in rows])
+    columns = dict.fromkeys(("prompt", "seed", "guidance_scale", "note"))
+    Dataset.from_list([columns | row for row in rows]).to_parquet(tmp_path / "p.parquet")
+    plain = files_in(draw("given", "--prompt", "a red circle", "a green square") / "pictures")
+    assert files_in(draw("txt", "--prompts", tmp_path / "p.txt") / "pictures") == plain
+    kinds = ("jsonl", "csv", "parquet")
+    drawn = [pixels(draw(kind, "--prompts", tmp_path / f"p.{kind}") / "pictures") for kind in kinds]
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
+    wanted = by_hand(pipeline, "a red circle", seed=3), by_hand(pipeline, "a green square", guidance_scale=3.5)
+    for found in drawn:
+        assert (found["00000-0.png"] == wanted[0]).all() and (found["00001-0.png"] == wanted[1]).all()
+    assert "p.jsonl: columns that are not read: note\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--prompts none.txt", "none.txt cannot be read: .*No such file"),
+        ("--prompts empty.txt", "empty.txt holds no prompt"),
+        ("--prompts a.odt", "'.odt' is no ending that is read"),
+        ("--prompts a.jsonl", "a column that a row lacks"),
+        ("--prompts torn.jsonl", "torn.jsonl cannot be read: Expecting value"),
+        ("--prompts seed.jsonl", "seed.jsonl cannot be read: invalid literal for int"),
+        ("--prompt x --image none.png", "There is no picture none.png"),
+        ("--prompt x --scheduler Nothing", "cannot be loaded: .*Nothing"),
+        ("--prompt x --image there.png", "A StableDiffusionPipeline takes no image"),
+        ("--prompt x --lora_scale 1 2", "--lora_scale has 2 numbers, and there are 0 adapters"),
+    ],
+)
+def test_refused(draw, tmp_path, monkeypatch, flags, said):
+    """A sentence that names the flag or the file."""
+    monkeypatch.chdir(tmp_path)
+    texts = {"empty.txt": "\n", "a.odt": "x", "a.jsonl": '{"caption": "x"}', "torn.jsonl": "x"}
+    for name, text in {**texts, "seed.jsonl": '{"prompt": "x", "seed": "x"}'}.items():
+        (tmp_path / name).write_text(text)
+    Image.new("RGB", (8, 8)).save(tmp_path / "there.png")
+    with pytest.raises(SystemExit) as end:
+        draw("out", *flags.split())
+    assert re.search(said, str(end.value))
+
+
+@pytest.mark.parametrize("model, said", [("nothing", "holds none of"), ("lora", "nothing says what it goes on")])
+def test_models_that_are_none(draw, results, tmp_path, model, said):
+    """A folder without a model, and adapters that are alone."""
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "lora").mkdir()
+    shutil.copy(results / "lora" / "pytorch_lora_weights.safetensors", tmp_path / "lora")
+    with pytest.raises(SystemExit, match=said):
+        draw("out", "--prompt", "x", model=tmp_path / model)
