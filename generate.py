@@ -139,6 +139,7 @@ if __name__ == "__main__":
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it asks for torchvision, which nothing here needs
 
 import diffusers
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
@@ -160,6 +161,11 @@ KINDS = {  # what a folder holds, by the first of these names that is in it
     "learned_embeds.safetensors": "word",
     "unet": "checkpoint",
     "config.json": "part",
+}
+# As the training scripts open a base: without what blackens or marks pictures.
+BARE = {
+    "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
+    "StableDiffusionXLPipeline": {"add_watermarker": False},
 }
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}  # of a scheduler that ends in noise alone
 
@@ -186,7 +192,8 @@ def kind_of(model):
 def run_flags(model):
     """Returns the flags of the run that left a model: from its train_args.yaml, or of the base only, from its card."""
     path = Path(model)
-    for folder in (path, *path.absolute().parents[:2]):  # a checkpoint's unet stands two folders deeper
+    folders = (path, *path.absolute().parents[:2]) if path.exists() else ()  # a checkpoint's unet stands deeper
+    for folder in folders:
         if (folder / "train_args.yaml").is_file():
             return yaml.safe_load((folder / "train_args.yaml").read_text())
     try:
@@ -197,14 +204,20 @@ def run_flags(model):
 
 
 def open_whole(model, flags):
-    """Opens a whole model: a pipeline's folder or Hub id, or a single file."""
-    if not model.endswith(".safetensors"):
-        chosen = {name: flags[name] for name in ("revision", "variant") if flags.get(name)}
-        return diffusers.DiffusionPipeline.from_pretrained(model, **chosen)
-    with safe_open(model, "pt") as file:
-        xl = any(key.startswith("conditioner.") for key in file.keys())
-    kind = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
-    return kind.from_single_file(model, config=flags.get("single_file_config"))
+    """Opens a whole model: a single file, or a folder or Hub id, also one that has files in half precision alone."""
+    if model.endswith(".safetensors"):
+        with safe_open(model, "pt") as file:
+            xl = any(key.startswith("conditioner.") for key in file.keys())
+        name = "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
+        config = flags.get("single_file_config")
+        return getattr(diffusers, name).from_single_file(model, config=config, **BARE[name])
+    chosen = {"revision": flags["revision"]} if flags.get("revision") else {}
+    name = diffusers.DiffusionPipeline.load_config(model, **chosen)["_class_name"]
+    chosen |= BARE.get(name, {})
+    try:
+        return diffusers.DiffusionPipeline.from_pretrained(model, variant=flags.get("variant"), **chosen)
+    except OSError:
+        return diffusers.DiffusionPipeline.from_pretrained(model, variant="fp16", **chosen)
 
 
 def open_base(args, model):
@@ -214,7 +227,7 @@ def open_base(args, model):
     if not base:
         raise ValueError("nothing says what it goes on: give --base")
     try:
-        pipeline = open_whole(base, flags)
+        pipeline = open_whole(base, {} if args.base else flags)
     except Exception as error:
         raise ValueError(f"it goes on {base}, which does not load (--base names another): {error}")
     if flags.get("pretrained_vae_model_name_or_path"):
@@ -287,18 +300,21 @@ def open_model(args, models):
     for model, kind in list(zip(models, kinds))[whole:]:
         pipeline = add_part(pipeline, model, kind, adapters)
     scales = args.lora_scale * len(adapters) if len(args.lora_scale) == 1 else args.lora_scale
-    if len(scales) != len(adapters):
+    if adapters and len(scales) != len(adapters):
         raise ValueError(f"--lora_scale has {len(scales)} numbers, and there are {len(adapters)} adapters")
     if adapters:
         pipeline.set_adapters(adapters, scales)
-    return pipeline
+    return pipeline, scales if adapters else None
 
 
-def prepare(args, pipeline, device):
+def prepare(args, pipeline, scales, device):
     """Brings a pipeline to the device as the flags say; returns what its pictures say of it."""
     if args.scheduler:
         pipeline.scheduler = getattr(diffusers, args.scheduler).from_config(pipeline.scheduler.config)
-    dtype = args.dtype or ("fp16" if device.type == "cuda" else "fp32")
+    of_pixels = isinstance(pipeline, diffusers.DDPMPipeline)  # which keeps its pictures in the precision of its UNet
+    dtype = args.dtype or ("fp16" if device.type == "cuda" and not of_pixels else "fp32")
+    if of_pixels and dtype != "fp32":
+        raise ValueError("a model of pixels draws in --dtype fp32")
     pipeline.to(device, {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype])
     pipeline.set_progress_bar_config(disable=True)
     if args.vae_tiling:
@@ -309,8 +325,8 @@ def prepare(args, pipeline, device):
     checksum = 0
     for weight in itertools.chain(*(part.state_dict().values() for part in parts)):
         checksum = zlib.crc32(weight.cpu().reshape(-1).view(torch.uint8).numpy(), checksum)
-    scales = {"lora_scale": args.lora_scale} if args.lora_scale != [1.0] else {}
-    return {"scheduler": type(pipeline.scheduler).__name__, "dtype": dtype, "weights": f"{checksum:08x}", **scales}
+    sampler = type(pipeline.scheduler).__name__
+    return {"scheduler": sampler, "dtype": dtype, "weights": f"{checksum:08x}", "lora_scale": scales}
 
 
 # The pictures
@@ -347,7 +363,11 @@ def draw(pipeline, jobs):
         given["image"] = [Image.open(job["image"]).convert("RGB") for job in jobs]
     if unknown := given.keys() - known.keys():
         raise SystemExit(f"A {type(pipeline).__name__} takes no {' and no '.join(sorted(unknown))}.")
-    return pipeline(**given, generator=[torch.Generator().manual_seed(noise_seed(job)) for job in jobs]).images
+    generators = [torch.Generator().manual_seed(noise_seed(job)) for job in jobs]
+    images = pipeline(**given, generator=generators, output_type="np").images
+    if not np.isfinite(images).all():
+        raise SystemExit("The pictures are not finite, as half precision overflows: give --dtype fp32 or bf16.")
+    return pipeline.numpy_to_pil(images)
 
 
 def shape_of(job):
@@ -396,11 +416,13 @@ def missing_jobs(folder, jobs, settings):
 def draw_missing(args, state, models, folder, stop):
     """Draws what a folder lacks of the jobs, ranks by turns; returns how many pictures that is."""
     try:
-        pipeline = open_model(args, models)
-        settings = prepare(args, pipeline, state.device)
+        pipeline, scales = open_model(args, models)
+        settings = prepare(args, pipeline, scales, state.device)
     except Exception as error:  # diffusers raises nearly anything over files that it cannot use
         raise SystemExit(f"{' '.join(models)} cannot be loaded: {error}")
     fill_in(args.jobs, pipeline, run_flags(models[0]))
+    if stop:  # it came while the model was loaded
+        raise SystemExit(128 + stop[0])
     # Rank 0 alone looks, before any draws: others would find what has been drawn since.
     missing = broadcast_object_list([missing_jobs(folder, args.jobs, settings) if state.is_main_process else None])[0]
     batches = []

@@ -1704,7 +1704,10 @@ def execute(args, accelerator, stop, lock):
         return
     if run.global_step > run.max_train_steps:
         raise SystemExit(f"{checkpoint} is beyond the {run.max_train_steps} steps that are asked for: ask for more.")
-    records = records + class_records(run)
+    of_class = class_records(run)
+    sizes = len(records), len(of_class)  # --on_bad_image may have skipped some
+    plan_steps(run, sizes)
+    records = records + of_class
 
     # Models.
     torch.manual_seed(run.seed)  # for weights that start at random
@@ -2306,7 +2309,7 @@ def log_pictures(run, images):
     for tracker in run.accelerator.trackers:
         if hasattr(tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            with outliving_trackers(run.accelerator):
+            with outliving(run.accelerator, tracker):
                 tracker.log_images({"validation": np.stack(images)}, step=run.global_step, **layout)
 
 
@@ -2321,24 +2324,25 @@ def log_row(run, row):
         with open(logs / "metrics.jsonl", "a") as metrics:
             metrics.write(json.dumps(row) + "\n")
     values = {name: value for name, value in row.items() if name != "step" and value is not None}
-    with outliving_trackers(run.accelerator):
-        run.accelerator.log(values, step=row["step"])
+    for tracker in run.accelerator.trackers:
+        with outliving(run.accelerator, tracker):
+            tracker.log(values, step=row["step"])
 
 
 @contextlib.contextmanager
-def outliving_trackers(accelerator):
-    """Goes on without trackers once one fails, as its server or its process may be gone."""
+def outliving(accelerator, tracker):
+    """Goes on without a tracker once it fails, as its server or its process may be gone."""
     try:
         yield
     except Exception as error:  # anything: each tracker has errors of its own
-        print(f"\n--report_to failed ({error}): the run goes on without it. metrics.jsonl has all numbers.")
-        accelerator.trackers = []
+        print(f"\n--report_to {tracker.name} failed ({error}): the run goes on; metrics.jsonl has all numbers.")
+        accelerator.trackers = [other for other in accelerator.trackers if other is not tracker]
 
 
 def end_trackers(accelerator):
     """Has the trackers write what they hold, and drops them."""
-    with outliving_trackers(accelerator):
-        for tracker in accelerator.trackers:
+    for tracker in accelerator.trackers:
+        with outliving(accelerator, tracker):
             tracker.finish()
     accelerator.trackers = []
 
@@ -2406,8 +2410,9 @@ def peak_memory(accelerator):
 def is_launcher(pid):
     """Tells whether a process is accelerate's launcher, by its command line on Linux."""
     with contextlib.suppress(OSError):
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        return any(Path(os.fsdecode(word)).name.startswith("accelerate") for word in command[:3])  # python, -m, it
+        words = os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")
+        names = [Path(word).name for word in words[:6]]  # python, its options, the launcher
+        return any(re.fullmatch(r"accelerate|accelerate-launch|accelerate\.commands\..*", name) for name in names)
     return False
 
 
@@ -2424,16 +2429,21 @@ class StopFlag:
             if not (name == "SIGHUP" and ignored):  # by nohup
                 signal.signal(getattr(signal, name), self.set)
         # accelerate's launcher forwards nothing to a lone process, so a parent that vanishes counts as SIGTERM.
-        if sys.platform == "linux" and "RANK" not in os.environ and is_launcher(os.getppid()):
+        alone = "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ
+        if sys.platform == "linux" and alone and is_launcher(os.getppid()):
             PR_SET_PDEATHSIG = 1
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
     @contextlib.contextmanager
     def ending_at_once(self):
         """Has a signal end the process at once, where it may wait for the network and can lose nothing."""
+        if self.signum:
+            os._exit(128 + self.signum)
         self.at_once = True
-        yield
-        self.at_once = False
+        try:
+            yield
+        finally:
+            self.at_once = False
 
     def set(self, signum, frame):
         if self.at_once:
@@ -2868,15 +2878,18 @@ def write_model_card(run, models, repo_id):
     card.append(settings_table(run.settings()) + "\n")
     text, file = "\n\n".join(card), Path(args.output_dir, "README.md")
     if file.exists() and not is_untouched(file):
-        os.replace(file, file.with_suffix(".old.md"))
-        print(f"{file} was edited, so it is README.old.md now, beside the new one.")
-    replace_file(file, f"{text}\n{CARD_MARK.format(digest(text))}\n".encode())
+        old = file.with_suffix(".old.md")
+        while old.exists():
+            old = old.with_suffix(".old.md")
+        os.replace(file, old)
+        print(f"{file} was edited, so it is {old.name} now, beside the new one.")
+    replace_file(file, f"{text}\n{CARD_MARK.format(digest(text.encode()))}\n".encode())
 
 
 def is_untouched(card):
     """Tells whether a model card is as a run wrote it, by the mark in its last line."""
-    text, _, mark = card.read_text(errors="replace").rstrip("\n").rpartition("\n")
-    return mark == CARD_MARK.format(digest(text))
+    text, _, mark = card.read_bytes().rstrip(b"\n").rpartition(b"\n")
+    return mark == CARD_MARK.format(digest(text)).encode()
 
 
 def with_retries(call, args, repo_id, **kwargs):
@@ -2996,15 +3009,18 @@ def settle_buckets(run, models, data):
 
     From the order of a first one, DDP makes the buckets in which it adds up. So a run that goes on has the same ones.
     """
-    if not isinstance(models.trained[0], torch.nn.parallel.DistributedDataParallel):
+    accelerator, keys = run.accelerator, data.step_keys(run.global_step)
+    alone = accelerator.num_processes == 1 or accelerator.distributed_type == DistributedType.DEEPSPEED
+    if alone or run.global_step == run.max_train_steps:
         return
-    sample = data.samples[data.step_keys(run.global_step)[0]]
-    batch = send_to_device(torch.utils.data.default_collate([sample]), run.accelerator.device)
+    batch_size = len(keys) // (run.args.gradient_accumulation_steps * accelerator.num_processes)
+    batch = torch.utils.data.default_collate([data.samples[key] for key in keys[:batch_size]])
+    batch = send_to_device(batch, accelerator.device)
     for model in models.trained:
         model.train()
     with autocast(run):
         loss = compute_loss(models, batch, run.args)["loss"]
-    run.accelerator.backward(loss)
+    accelerator.backward(loss)
     for parameter in models.params_to_optimize:
         parameter.grad = None
 
@@ -3111,9 +3127,10 @@ def start_trackers(run, checkpoint):
     tensorboard = {"purge_step": run.global_step + 1 if checkpoint else 0}  # hides what an earlier end logged later
     try:
         run.accelerator.init_trackers(args.tracker_project_name, config, {"wandb": wandb, "tensorboard": tensorboard})
-    except OSError:  # a full disk
-        raise
     except Exception as error:  # anything: each tracker has errors of its own
+        run.accelerator.trackers = []  # which have not all started
+        if isinstance(error, OSError):  # a full disk
+            raise
         raise SystemExit(f"--report_to {args.report_to} cannot start: {error}")
 
 

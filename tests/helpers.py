@@ -288,8 +288,7 @@ def make_run(script, args):
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    stop = SimpleNamespace(signum=0, exit_if_asked=lambda: None)
-    return script.Run(args, script.make_accelerator(args), stop, 0, "id")
+    return script.Run(args, script.make_accelerator(args), script.StopFlag(), 0, "id")
 
 
 def load(base, *flags):

@@ -240,6 +240,7 @@ def test_a_tracker_that_cannot_start_is_told_of(flags, start, command, tmp_path)
     process = start(command(tmp_path / "out", "--report_to", *flags), environment=alone)
     assert process.wait() == 1 and "Traceback" not in process.output()
     assert re.search(f"--report_to {flags[0]} cannot start|start_trackers failed", process.output())
+    assert "the run goes on" not in process.output()
 
 
 @pytest.mark.launch
@@ -252,7 +253,7 @@ def test_a_tracker_that_dies_ends_no_run(start, command, tmp_path):
     for child in killed:
         child.kill()
     assert killed and process.wait() == 0, process.output()
-    assert "--report_to failed" in process.output() and (out / "state.json").exists()
+    assert "--report_to wandb failed" in process.output() and (out / "state.json").exists()
     assert [step for step, _ in metrics(out, "loss")] == list(range(1, 41))
 
 

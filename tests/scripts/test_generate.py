@@ -111,7 +111,7 @@ def test_another_model_is_not_mixed_in(draw, tiny_v_model, tmp_path):
     draw("out", "--prompt", "a red circle")
     before = state_of(tmp_path / "out")
     for changed, flags in {
-        "weights": ("--lora_scale", 1.0),
+        "weights": (),
         "guidance_scale": ("--guidance_scale", 3),
         "prompt": ("--prompt", "a green square"),
         "scheduler": ("--scheduler", "EulerDiscreteScheduler"),
@@ -183,6 +183,10 @@ def test_adapters(draw, results, tiny_model, tmp_path):
     pipeline.set_adapters("one", 0.5)
     half = draw("half", "--prompt", "a red circle", "--lora_scale", 0.5, model=results / "lora" / "checkpoint-1")
     assert (pixels(half / "pictures")["00000-0.png"] == by_hand(pipeline, "a red circle")).all()
+    with pytest.raises(SystemExit, match="was drawn with another lora_scale"):
+        draw("half", "--prompt", "a red circle", model=results / "lora" / "checkpoint-1")
+    with pytest.raises(SystemExit, match="--lora_scale has 2 numbers, and there are 1 adapters"):
+        draw("none", "--prompt", "a red circle", "--lora_scale", 1, 2, model=results / "lora")
     pipeline.load_lora_weights(results / "lora-2", adapter_name="two")
     pipeline.set_adapters(["one", "two"], [0.5, 0.7])
     flags = ("--prompt", "a red circle", "--lora_scale", 0.5, 0.7)
@@ -271,7 +275,6 @@ def test_files_of_prompts(draw, tiny_model, tmp_path, capsys):
         ("--prompt x --image none.png", "There is no picture none.png"),
         ("--prompt x --scheduler Nothing", "cannot be loaded: .*Nothing"),
         ("--prompt x --image there.png", "A StableDiffusionPipeline takes no image"),
-        ("--prompt x --lora_scale 1 2", "--lora_scale has 2 numbers, and there are 0 adapters"),
     ],
 )
 def test_refused(draw, tmp_path, monkeypatch, flags, said):

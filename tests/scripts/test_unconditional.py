@@ -297,7 +297,7 @@ def test_other_kinds_of_models_are_refused(train, base, tmp_path, kind):
     model = shutil.copytree(base, tmp_path / "model")
     index = json.loads((model / "model_index.json").read_text())
     (model / "model_index.json").write_text(json.dumps(index | {"_class_name": kind}))
-    with pytest.raises(SystemExit, match=f"model is a {kind}, and this script trains DDPMPipeline"):
+    with pytest.raises(SystemExit, match=f"model is a {kind}: this script trains DDPMPipeline"):
         train("out", "--pretrained_model_name_or_path", model)
 
 
@@ -334,7 +334,7 @@ def test_unusable_models_are_refused(train, tiny_model, base, tmp_path):
             train("refused", *flags)
         assert [path.name for path in (tmp_path / "refused").glob("*")] in ([], [".lock"])
 
-    refused("is a StableDiffusionPipeline, and this script trains", "--pretrained_model_name_or_path", tiny_model)
+    refused("is a StableDiffusionPipeline: this script trains", "--pretrained_model_name_or_path", tiny_model)
     refused("UNet2DConditionModel", "--model_config_name_or_path", tiny_model / "unet")
     wrong = {
         "channels": {"in_channels": 1, "out_channels": 1},

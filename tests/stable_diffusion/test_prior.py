@@ -78,6 +78,14 @@ def test_class_pictures_are_not_drawn_after_the_end(train, tmp_path, capsys):
     assert "there is none left to take" in capsys.readouterr().out and not (tmp_path / "class").exists()
 
 
+def test_a_bad_class_picture_is_skipped(train, classes, tmp_path):
+    """The others are trained on, as with --on_bad_image skip the subject's would be."""
+    folder = shutil.copytree(classes, tmp_path / "class")
+    sorted(folder.glob("*.png"))[0].write_bytes(b"torn")
+    out = train("out", *prior(folder), "--num_class_images", 4, "--on_bad_image", "skip", "--max_train_steps", 4)
+    assert len(metrics(out, "prior_loss")) == 4
+
+
 def test_class_pictures_that_overflow_are_refused(train, tiny_model, tmp_path):
     """In half precision a VAE can overflow, and its pictures would be black; none is written."""
     base, folder = tmp_path / "base", tmp_path / "class"
