@@ -3,7 +3,7 @@
 The model is a folder, a file or a Hub id: a whole pipeline, adapters, a new word, or a checkpoint's unet or unet_ema.
 What adapters, a word or a UNet go on is found in the run's train_args.yaml, in the model card, or by --base. Each
 picture has a generator of its own, from its seed, its prompt and its number. So the pictures are the same on any
-number of processes, and in any order. Those that are there already are not drawn again.
+number of processes (on CPUs, of as many threads each), and in any order. Those that are there are not drawn again.
 
 --output_dir gets pictures/ with a metadata.jsonl that the training scripts read, and grid.png. The second model's
 pictures, with --compare, are in compare/.
