@@ -6,27 +6,62 @@ LAUNCH = .venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_
 
 .PHONY: demo demo-lora demo-dreambooth demo-textual-inversion demo-unconditional test test-all quality style sync clean
 
+# What the base and a result draw of some prompts, into $(2)/$(1): $(call draw,PROMPTS,OUTPUT_DIR)
+draw = $(LAUNCH) generate.py --model demo/base --compare $(2) --prompts demo/prompts/$(1).txt \
+    --num_images_per_prompt 4 --num_inference_steps 25 --output_dir $(2)/$(1)
+# Whether the result's fit their prompts better or worse than the base's, or are more like the subject
+score = $(LAUNCH) evaluate.py --clip_model demo/clip --images $(2)/$(1)/pictures --compare $(2)/$(1)/compare \
+    --output_dir $(2)/$(1)
+rows = before=outputs/$(2)/$(1)/pictures,outputs/$(2)/shapes/pictures after=outputs/$(2)/$(1)/compare,outputs/$(2)/shapes/compare
+
 demo: .venv/.installed
 	$(LAUNCH) train_text_to_image.py --config configs/demo_text_to_image.yaml --overwrite_output_dir $(DEMO_FLAGS)
-	.venv/bin/python demo/before_after.py outputs/demo
+	rm -rf outputs/demo/emoji outputs/demo/shapes outputs/demo.safetensors
+	$(call draw,emoji,outputs/demo)
+	$(call draw,shapes,outputs/demo)
+	.venv/bin/python export.py outputs/demo outputs/demo.safetensors --dtype fp16
+	$(call score,emoji,outputs/demo)
+	$(call score,shapes,outputs/demo)
+	.venv/bin/python demo/show.py outputs/demo $(call rows,emoji,demo)
 
 demo-dreambooth: .venv/.installed
 	$(LAUNCH) train_dreambooth.py --config configs/demo_dreambooth.yaml --overwrite_output_dir $(DEMO_FLAGS)
-	.venv/bin/python demo/before_after.py outputs/demo-dreambooth --prompts "a sks on a blue background" \
-	    "a sks on a green background" "a sks on a red background" "a sks" "a red star on a white background" \
-	    "a green circle on a yellow background"
+	rm -rf outputs/demo-dreambooth/sks outputs/demo-dreambooth/shapes
+	$(call draw,sks,outputs/demo-dreambooth)
+	$(call draw,shapes,outputs/demo-dreambooth)
+	$(call score,sks,outputs/demo-dreambooth) --metrics clip_i --reference demo/subject
+	$(call score,shapes,outputs/demo-dreambooth)
+	.venv/bin/python demo/show.py outputs/demo-dreambooth learned=demo/subject $(call rows,sks,demo-dreambooth)
 
 demo-unconditional: .venv/.installed
 	$(LAUNCH) train_unconditional.py --config configs/demo_unconditional.yaml --overwrite_output_dir $(DEMO_FLAGS)
-	.venv/bin/python demo/grids.py outputs/demo-unconditional
+	rm -rf outputs/demo-unconditional/drawn
+	$(LAUNCH) generate.py --model outputs/demo-unconditional --num_images_per_prompt 40 --batch_size 20 \
+	    --num_inference_steps 100 --output_dir outputs/demo-unconditional/drawn
+	$(LAUNCH) evaluate.py --clip_model demo/clip --images outputs/demo-unconditional/drawn/pictures \
+	    --metrics kid --reference demo/pictures --output_dir outputs/demo-unconditional/drawn
+	.venv/bin/python demo/show.py outputs/demo-unconditional pictures=demo/pictures \
+	    drawn=outputs/demo-unconditional/drawn/pictures
 
 demo-textual-inversion: .venv/.installed
 	$(LAUNCH) textual_inversion.py --config configs/demo_textual_inversion.yaml --overwrite_output_dir $(DEMO_FLAGS)
-	.venv/bin/python demo/new_word.py outputs/demo-textual-inversion
+	rm -rf outputs/demo-textual-inversion/pig outputs/demo-textual-inversion/shapes
+	$(call draw,pig,outputs/demo-textual-inversion) --guidance_scale 4
+	$(call draw,shapes,outputs/demo-textual-inversion)
+	$(call score,pig,outputs/demo-textual-inversion) --metrics clip_i --reference demo/subject
+	$(call score,shapes,outputs/demo-textual-inversion)
+	.venv/bin/python demo/show.py outputs/demo-textual-inversion learned=demo/subject \
+	    $(call rows,pig,demo-textual-inversion)
 
 demo-lora: .venv/.installed
 	$(LAUNCH) train_lora.py --config configs/demo_lora.yaml --overwrite_output_dir $(DEMO_FLAGS)
-	.venv/bin/python demo/lora_scales.py outputs/demo-lora
+	rm -rf outputs/demo-lora/sks outputs/demo-lora/shapes outputs/demo-lora.safetensors
+	$(call draw,sks,outputs/demo-lora)
+	$(call draw,shapes,outputs/demo-lora)
+	.venv/bin/python export.py outputs/demo-lora outputs/demo-lora.safetensors --merge_lora --dtype fp16
+	$(call score,sks,outputs/demo-lora) --metrics clip_i --reference demo/subject
+	$(call score,shapes,outputs/demo-lora)
+	.venv/bin/python demo/show.py outputs/demo-lora learned=demo/subject $(call rows,sks,demo-lora)
 
 test: .venv/.installed-dev
 	.venv/bin/python -m pytest -n 2 --dist loadfile

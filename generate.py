@@ -29,8 +29,10 @@ pictures, with --compare, are in compare/.
 import argparse
 import collections
 import csv
+import datetime
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import os
@@ -152,159 +154,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 
-# The model
-
-
-KINDS = {  # what a folder holds, by the first of these names that is in it
-    "model_index.json": "pipeline",
-    "pytorch_lora_weights.safetensors": "adapters",
-    "learned_embeds.safetensors": "word",
-    "unet": "checkpoint",
-    "config.json": "part",
-}
-# As the training scripts open a base: without what blackens or marks pictures.
-BARE = {
-    "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
-    "StableDiffusionXLPipeline": {"add_watermarker": False},
-}
-ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}  # of a scheduler that ends in noise alone
-
-
-def kind_of(model):
-    """Tells what a folder, a file or a Hub id holds: one of KINDS, or "file", a whole model."""
-    path = Path(model)
-    if path.is_file():
-        with safe_open(path, "pt") as file:
-            keys = [*file.keys()]
-        if any("lora" in key for key in keys):
-            return "adapters"
-        return "word" if len(keys) < 3 else "file"
-    try:
-        names = os.listdir(path) if path.is_dir() else [name.split("/")[0] for name in HfApi().list_repo_files(model)]
-    except Exception:  # without a network, the cache may have it
-        return "pipeline"
-    for name, kind in KINDS.items():
-        if name in names:
-            return kind
-    raise ValueError(f"it holds none of {', '.join(KINDS)}")
-
-
-def run_flags(model):
-    """Returns the flags of the run that left a model: from its train_args.yaml, or of the base only, from its card."""
-    path = Path(model)
-    folders = (path, *path.absolute().parents[:2]) if path.exists() else ()  # a checkpoint's unet stands deeper
-    for folder in folders:
-        if (folder / "train_args.yaml").is_file():
-            return yaml.safe_load((folder / "train_args.yaml").read_text())
-    try:
-        card = ModelCard.load(path / "README.md" if path.is_dir() else model)
-    except Exception:  # there is none
-        return {}
-    return {"pretrained_model_name_or_path": card.data.get("base_model")}
-
-
-def open_whole(model, flags):
-    """Opens a whole model: a single file, or a folder or Hub id, also one that has files in half precision alone."""
-    if model.endswith(".safetensors"):
-        with safe_open(model, "pt") as file:
-            xl = any(key.startswith("conditioner.") for key in file.keys())
-        name = "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
-        config = flags.get("single_file_config")
-        return getattr(diffusers, name).from_single_file(model, config=config, **BARE[name])
-    chosen = {"revision": flags["revision"]} if flags.get("revision") else {}
-    name = diffusers.DiffusionPipeline.load_config(model, **chosen)["_class_name"]
-    chosen |= BARE.get(name, {})
-    try:
-        return diffusers.DiffusionPipeline.from_pretrained(model, variant=flags.get("variant"), **chosen)
-    except OSError:
-        return diffusers.DiffusionPipeline.from_pretrained(model, variant="fp16", **chosen)
-
-
-def open_base(args, model):
-    """Opens what adapters, a word or a UNet were trained on, with the VAE and the noise schedule of their run."""
-    flags = run_flags(model)
-    base = args.base or flags.get("pretrained_model_name_or_path")
-    if not base:
-        raise ValueError("nothing says what it goes on: give --base")
-    try:
-        pipeline = open_whole(base, {} if args.base else flags)
-    except Exception as error:
-        raise ValueError(f"it goes on {base}, which does not load (--base names another): {error}")
-    if flags.get("pretrained_vae_model_name_or_path"):
-        pipeline.vae = diffusers.AutoencoderKL.from_pretrained(flags["pretrained_vae_model_name_or_path"])
-    changes = {"prediction_type": flags["prediction_type"]} if flags.get("prediction_type") else {}
-    sampler = type(pipeline.scheduler)
-    if changes.get("prediction_type") == "sample":
-        sampler, changes["clip_sample"] = diffusers.DDIMScheduler, False  # not all, such as SD 1.x's, can sample so
-    if flags.get("rescale_betas_zero_snr"):
-        changes |= ZERO_SNR
-        able = "rescale_betas_zero_snr" in inspect.signature(sampler).parameters
-        sampler = sampler if able else diffusers.EulerDiscreteScheduler
-    if changes:
-        pipeline.scheduler = sampler.from_config(pipeline.scheduler.config, **changes)
-    return pipeline
-
-
-def open_pixels(args, model, unet):
-    """Opens a UNet of pixels with the noise schedule of its run."""
-    flags = run_flags(model)
-    base, scheduler = args.base or flags.get("pretrained_model_name_or_path"), diffusers.DDPMScheduler()
-    if base:
-        scheduler = diffusers.DDPMScheduler.from_pretrained(base, subfolder="scheduler")
-    names = {"num_train_timesteps": "ddpm_num_steps", "beta_schedule": "ddpm_beta_schedule"}
-    names["prediction_type"] = "prediction_type"
-    changes = {name: flags[flag] for name, flag in names.items() if flags.get(flag) is not None}
-    scheduler = diffusers.DDPMScheduler.from_config(scheduler.config, **changes)
-    return diffusers.DDPMPipeline(unet=diffusers.UNet2DModel.from_pretrained(unet), scheduler=scheduler)
-
-
-def class_of(model):
-    """Returns the name of a model's class."""
-    return diffusers.UNet2DModel.load_config(model)["_class_name"]
-
-
-def add_part(pipeline, model, kind, adapters):
-    """Puts a part onto a pipeline, and returns that: adapters, a word, or models in the place of the pipeline's."""
-    if kind == "adapters":
-        adapters.append(f"adapters_{len(adapters)}")
-        pipeline.load_lora_weights(model, adapter_name=adapters[-1])
-    elif kind == "word":
-        pipeline.load_textual_inversion(model)
-        if hasattr(pipeline, "text_encoder_2"):
-            second = {"text_encoder": pipeline.text_encoder_2, "tokenizer": pipeline.tokenizer_2}
-            pipeline.load_textual_inversion(model, weight_name="learned_embeds_2.safetensors", **second)
-    elif kind == "checkpoint":  # of a run that trains whole models
-        for name in {"unet", "text_encoder", "text_encoder_2"} & {*os.listdir(model)}:
-            setattr(pipeline, name, type(getattr(pipeline, name)).from_pretrained(Path(model, name)))
-    elif kind == "part" and class_of(model) == "ControlNetModel":
-        controlnet = diffusers.ControlNetModel.from_pretrained(model)
-        return diffusers.AutoPipelineForText2Image.from_pipe(pipeline, controlnet=controlnet)
-    elif kind == "part":
-        pipeline.unet = type(pipeline.unet).from_pretrained(model)
-    else:
-        raise ValueError(f"{model} is a whole model, and only the first one may be")
-    return pipeline
-
-
-def open_model(args, models):
-    """Opens what --model or --compare names: the first, or what it goes on, with the parts that go onto that."""
-    kinds, adapters = [kind_of(model) for model in models], []
-    unet = models[0] if kinds[0] == "part" else Path(models[0], "unet")
-    whole = True
-    if kinds[0] in ("pipeline", "file"):
-        pipeline = open_whole(models[0], {"single_file_config": args.base})
-    elif kinds[0] in ("part", "checkpoint") and class_of(unet) == "UNet2DModel":
-        pipeline = open_pixels(args, models[0], unet)
-    else:
-        pipeline, whole = open_base(args, models[0]), False
-    for model, kind in list(zip(models, kinds))[whole:]:
-        pipeline = add_part(pipeline, model, kind, adapters)
-    scales = args.lora_scale * len(adapters) if len(args.lora_scale) == 1 else args.lora_scale
-    if adapters and len(scales) != len(adapters):
-        raise ValueError(f"--lora_scale has {len(scales)} numbers, and there are {len(adapters)} adapters")
-    if adapters:
-        pipeline.set_adapters(adapters, scales)
-    return pipeline, scales if adapters else None
+# The pictures
 
 
 def prepare(args, pipeline, scales, device):
@@ -322,14 +172,17 @@ def prepare(args, pipeline, scales, device):
     if args.torch_compile:
         pipeline.unet.compile_repeated_blocks()
     parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    checksum = 0
+    schedule = {name: value for name, value in pipeline.scheduler.config.items() if name[0] != "_"}
+    checksum = zlib.crc32(json.dumps(schedule, sort_keys=True, default=str).encode())
     for weight in itertools.chain(*(part.state_dict().values() for part in parts)):
         checksum = zlib.crc32(weight.cpu().reshape(-1).view(torch.uint8).numpy(), checksum)
-    sampler = type(pipeline.scheduler).__name__
-    return {"scheduler": sampler, "dtype": dtype, "weights": f"{checksum:08x}", "lora_scale": scales}
-
-
-# The pictures
+    return {
+        "scheduler": type(pipeline.scheduler).__name__,
+        "dtype": dtype,
+        "weights": f"{checksum:08x}",
+        "lora_scale": [*scales.values()],
+        "vae_tiling": args.vae_tiling,
+    }
 
 
 def fill_in(jobs, pipeline, flags):
@@ -373,14 +226,15 @@ def draw(pipeline, jobs):
 def shape_of(job):
     """Returns what the pictures of a batch have in common, as text."""
     alike = [job[name] for name in NUMBERS if name != "seed"]
-    return str([*alike, job["negative_prompt"] is None, job["image"] is None])
+    size = Image.open(job["image"]).size if job["image"] else None
+    return str([*alike, job["negative_prompt"] is None, size])
 
 
-def save_whole(image, file, **settings):
-    """Writes a PNG beside its place and renames it, so that it is whole or not there."""
-    beside = file.with_name(f".{file.name}.tmp")
-    image.save(beside, "PNG", **settings)
-    os.replace(beside, file)
+def png_bytes(image, **settings):
+    """Returns a picture as a PNG."""
+    data = io.BytesIO()
+    image.save(data, "PNG", **settings)
+    return data.getvalue()
 
 
 def save_picture(image, file, job, settings):
@@ -394,7 +248,7 @@ def save_picture(image, file, job, settings):
         f"CFG scale: {job['guidance_scale']}, Seed: {noise_seed(job)}, Size: {image.width}x{image.height}, "
         f"Model hash: {settings['weights']}",
     )
-    save_whole(image, file, pnginfo=notes)
+    replace_file(file, png_bytes(image, pnginfo=notes))
 
 
 def missing_jobs(folder, jobs, settings):
@@ -416,7 +270,7 @@ def missing_jobs(folder, jobs, settings):
 def draw_missing(args, state, models, folder, stop):
     """Draws what a folder lacks of the jobs, ranks by turns; returns how many pictures that is."""
     try:
-        pipeline, scales = open_model(args, models)
+        pipeline, scales = open_model(models, args.base, args.lora_scale)
         settings = prepare(args, pipeline, scales, state.device)
     except Exception as error:  # diffusers raises nearly anything over files that it cannot use
         raise SystemExit(f"{' '.join(models)} cannot be loaded: {error}")
@@ -443,12 +297,9 @@ def draw_missing(args, state, models, folder, stop):
 
 def write_metadata(folder, jobs):
     """Writes a row for each picture: its file, its prompt as "text", and what it was drawn with."""
-    beside = folder / ".metadata.jsonl.tmp"
-    with open(beside, "w", encoding="utf-8") as lines:
-        for job in jobs:
-            row = {"file_name": job["file_name"], "text": job["prompt"]} | job
-            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(beside, folder / "metadata.jsonl")
+    rows = [{"file_name": job["file_name"], "text": job["prompt"]} | job for job in jobs]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    replace_file(folder / "metadata.jsonl", "".join(lines).encode())
 
 
 def write_grid(folders, jobs, file, columns=8, rows=8, side=256):
@@ -461,26 +312,29 @@ def write_grid(folders, jobs, file, columns=8, rows=8, side=256):
         for name in names[first : first + columns]:
             picture = Image.open(folder / name).convert("RGB") if name else Image.new("RGB", (side, side), "white")
             sheet.append(ImageOps.pad(picture, (side, side), color="white"))
-    save_whole(make_image_grid(sheet, len(sheet) // columns, columns), file)
+    replace_file(file, png_bytes(make_image_grid(sheet, len(sheet) // columns, columns)))
+
+
+def lock_folder(output_dir):
+    """Keeps a second run out of the output folder for as long as what is returned lives."""
+    lock = FileLock(Path(output_dir, ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise SystemExit(f"Another run is at work in {output_dir}: let it end, or take another --output_dir.")
+    return lock
 
 
 def main(args):
     """Draws what --output_dir lacks. A signal ends it after the batch at hand, with 128 + signal."""
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
-    state, stop = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")), []
-    if int(os.environ.get("WORLD_SIZE", 1)) != state.num_processes:  # each would draw all
-        raise SystemExit("The processes do not know of each other: on CPUs, set ACCELERATE_USE_CPU=true.")
+    state, stop = start_processes(), []
     models = {"pictures": args.model} | ({"compare": args.compare} if args.compare else {})
     folders = [Path(args.output_dir, name) for name in models]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(Path(args.output_dir, ".lock"))
-    try:
-        if state.is_main_process:
-            lock.acquire(timeout=0)
-    except Timeout:
-        raise SystemExit(f"Another run is at work in {args.output_dir}: let it end, or take another --output_dir.")
+    lock = lock_folder(args.output_dir) if state.is_main_process else None
 
     def ask_to_stop(signum, frame):
         if stop and signum == signal.SIGINT:
@@ -495,13 +349,224 @@ def main(args):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # else none could end what waits for the others
     state.wait_for_everyone()
-    if state.is_main_process:
+    if lock:  # as the main process has
         for folder in folders:
             write_metadata(folder, args.jobs)
         write_grid(folders, args.jobs, Path(args.output_dir, "grid.png"))
         speed = f"{count / seconds:.2f} a second with loading, on {state.num_processes} processes"
         print(f"{count} pictures drawn in {seconds:.1f} s ({speed}). All are in {' and '.join(map(str, folders))}.")
     state.destroy_process_group()
+
+
+# === Results: the same in generate.py and export.py ===
+#
+# It asks nothing of the text above. It offers: kind_of, run_flags, open_model.
+
+
+KINDS = {  # what a folder holds, by the first of these names that is in it
+    "model_index.json": "pipeline",
+    "pytorch_lora_weights.safetensors": "adapters",
+    "learned_embeds.safetensors": "word",
+    "unet": "checkpoint",
+    "config.json": "part",
+}
+# As the training scripts open a base: without what blackens or marks pictures.
+BARE = {
+    "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
+    "StableDiffusionXLPipeline": {"add_watermarker": False},
+}
+
+
+def kind_of(model):
+    """Tells what a folder, a file or a Hub id holds: one of KINDS, or "file", a whole model."""
+    path = Path(model)
+    if path.is_file():
+        with safe_open(path, "pt") as file:
+            keys = [*file.keys()]
+        if any("lora" in key for key in keys):
+            return "adapters"
+        return "word" if len(keys) < 3 else "file"
+    try:
+        names = os.listdir(path) if path.is_dir() else [name.split("/")[0] for name in HfApi().list_repo_files(model)]
+    except Exception:  # without a network, the cache may have it
+        return "pipeline"
+    for name, kind in KINDS.items():
+        if name in names:
+            return kind
+    raise ValueError(f"it holds none of {', '.join(KINDS)}")
+
+
+def run_flags(model):
+    """Returns the flags of the run that left a model: from its train_args.yaml, or of the base only, from its card."""
+    path = Path(model)
+    folders = (path, *path.absolute().parents[:2]) if path.exists() else ()  # a checkpoint's unet stands deeper
+    for folder in folders:
+        if (folder / "train_args.yaml").is_file():
+            return yaml.safe_load((folder / "train_args.yaml").read_text())
+    try:
+        card = ModelCard.load(path / "README.md" if path.is_dir() else model)
+    except Exception:  # there is none
+        return {}
+    return {"pretrained_model_name_or_path": card.data.get("base_model")}
+
+
+def set_schedule(pipeline, prediction_type, noise_alone):
+    """Has a pipeline sample as its UNet was trained: what it predicts, and whether its noise ends in noise alone."""
+    sampler, changes = type(pipeline.scheduler), {}
+    if prediction_type:
+        changes["prediction_type"] = prediction_type
+    if prediction_type == "sample":  # not all samplers, such as SD 1.x's, can do that
+        sampler, changes["clip_sample"] = diffusers.DDIMScheduler, False
+    if noise_alone:
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        able = "rescale_betas_zero_snr" in inspect.signature(sampler).parameters
+        sampler = sampler if able else diffusers.EulerDiscreteScheduler
+    pipeline.scheduler = sampler.from_config(pipeline.scheduler.config, **changes)
+
+
+def open_file(model, config):
+    """Opens a whole model of one file; config is the folder or Hub id of one of its kind."""
+    with safe_open(model, "pt") as file:
+        keys = {*file.keys()}
+    xl = any(key.startswith("conditioner.") for key in keys)
+    name = "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
+    pipeline = getattr(diffusers, name).from_single_file(model, config=config, **BARE[name])
+    set_schedule(pipeline, "v_prediction" if "v_pred" in keys else None, "ztsnr" in keys)
+    return pipeline
+
+
+def open_whole(model, flags):
+    """Opens a whole model: a single file, or a folder or Hub id, also one that has files in half precision alone."""
+    if model.endswith(".safetensors"):
+        return open_file(model, flags.get("single_file_config"))
+    chosen = {"revision": flags["revision"]} if flags.get("revision") else {}
+    name = diffusers.DiffusionPipeline.load_config(model, **chosen)["_class_name"]
+    chosen |= BARE.get(name, {})
+    try:
+        return diffusers.DiffusionPipeline.from_pretrained(model, variant=flags.get("variant"), **chosen)
+    except OSError:
+        return diffusers.DiffusionPipeline.from_pretrained(model, variant="fp16", **chosen)
+
+
+def open_base(base, flags):
+    """Opens what adapters, a word or a UNet go on: base, or else what the run's flags name, with its VAE and noise."""
+    named = base or flags.get("pretrained_model_name_or_path")
+    if not named:
+        raise ValueError("nothing says what it goes on: give --base")
+    try:
+        pipeline = open_whole(named, {} if base else flags)
+    except Exception as error:
+        raise ValueError(f"it goes on {named}, which does not load (--base names another): {error}")
+    if flags.get("pretrained_vae_model_name_or_path"):
+        pipeline.vae = diffusers.AutoencoderKL.from_pretrained(flags["pretrained_vae_model_name_or_path"])
+    if flags.get("prediction_type") or flags.get("rescale_betas_zero_snr"):
+        set_schedule(pipeline, flags.get("prediction_type"), flags.get("rescale_betas_zero_snr"))
+    return pipeline
+
+
+def open_pixels(unet, base, flags):
+    """Opens a UNet of pixels with the noise schedule of its run."""
+    base, scheduler = base or flags.get("pretrained_model_name_or_path"), diffusers.DDPMScheduler()
+    if base:
+        scheduler = diffusers.DDPMScheduler.from_pretrained(base, subfolder="scheduler")
+    names = {"num_train_timesteps": "ddpm_num_steps", "beta_schedule": "ddpm_beta_schedule"}
+    names["prediction_type"] = "prediction_type"
+    changes = {name: flags[flag] for name, flag in names.items() if flags.get(flag) is not None}
+    scheduler = diffusers.DDPMScheduler.from_config(scheduler.config, **changes)
+    return diffusers.DDPMPipeline(unet=diffusers.UNet2DModel.from_pretrained(unet), scheduler=scheduler)
+
+
+def class_of(model):
+    """Returns the name of a model's class."""
+    return diffusers.UNet2DModel.load_config(model)["_class_name"]
+
+
+def add_word(pipeline, model):
+    """Gives a pipeline a new word: from a folder to each of its text encoders, from a file to the one that it fits."""
+    encoders = [(pipeline.text_encoder, pipeline.tokenizer)]
+    if hasattr(pipeline, "text_encoder_2"):
+        encoders.append((pipeline.text_encoder_2, pipeline.tokenizer_2))
+    files = [model] if Path(model).is_file() else ["learned_embeds.safetensors", "learned_embeds_2.safetensors"]
+    if Path(model).is_file():
+        with safe_open(model, "pt") as file:
+            width = file.get_slice(next(iter(file.keys()))).get_shape()[-1]
+        encoders = [pair for pair in encoders if pair[0].config.hidden_size == width][:1]
+    if not encoders:
+        raise ValueError(f"the vectors of {model} fit no text encoder")
+    for file, (encoder, tokenizer) in zip(files, encoders):
+        pipeline.load_textual_inversion(model, weight_name=Path(file).name, text_encoder=encoder, tokenizer=tokenizer)
+
+
+def add_part(pipeline, model, kind, adapters):
+    """Puts a part onto a pipeline, and returns that: adapters, a word, or models in the place of the pipeline's."""
+    if kind == "adapters":
+        adapters.append(f"adapters_{len(adapters)}")
+        pipeline.load_lora_weights(model, adapter_name=adapters[-1])
+    elif kind == "word":
+        add_word(pipeline, model)
+    elif kind == "checkpoint":  # of a run that trains whole models
+        for name in {"unet", "text_encoder", "text_encoder_2"} & {*os.listdir(model)}:
+            setattr(pipeline, name, type(getattr(pipeline, name)).from_pretrained(Path(model, name)))
+    elif kind == "part" and class_of(model) == "ControlNetModel":
+        controlnet = diffusers.ControlNetModel.from_pretrained(model)
+        return diffusers.AutoPipelineForText2Image.from_pipe(pipeline, controlnet=controlnet)
+    elif kind == "part":
+        pipeline.unet = type(pipeline.unet).from_pretrained(model)
+    else:
+        raise ValueError(f"{model} is a whole model, and only the first one may be")
+    return pipeline
+
+
+def open_model(models, base, scales):
+    """Opens a model, or what it goes on, with the parts that go onto that; adapters at their scales, one or one each.
+
+    Returns the pipeline and the scale of each adapter by name, "adapters_0" and on. What is wrong is a ValueError, or
+    whatever diffusers raises.
+    """
+    kinds, adapters = [kind_of(model) for model in models], []
+    flags, parts = run_flags(models[0]), list(zip(models, kinds))
+    unet = models[0] if kinds[0] == "part" else Path(models[0], "unet")
+    if kinds[0] in ("pipeline", "file"):
+        pipeline = open_whole(models[0], {"single_file_config": base})
+        parts = parts[1:]
+    elif kinds[0] in ("part", "checkpoint") and class_of(unet) == "UNet2DModel":
+        pipeline = open_pixels(unet, base, flags)
+        parts = parts[1:]
+    else:
+        pipeline = open_base(base, flags)
+    for model, kind in parts:
+        pipeline = add_part(pipeline, model, kind, adapters)
+    scales = scales * len(adapters) if len(scales) == 1 else scales
+    if adapters and len(scales) != len(adapters):
+        raise ValueError(f"--lora_scale has {len(scales)} numbers, and there are {len(adapters)} adapters")
+    if adapters:
+        pipeline.set_adapters(adapters, scales)
+    return pipeline, dict(zip(adapters, scales))
+
+
+# === End of results ===
+
+# === Programs: the same in generate.py and evaluate.py ===
+#
+# It asks nothing of the text above. It offers: start_processes, replace_file.
+
+
+def start_processes():
+    """Returns what tells one process of several from the others; they wait for each other for hours."""
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=datetime.timedelta(hours=12))
+    if int(os.environ.get("WORLD_SIZE", 1)) != state.num_processes:  # each would do all
+        raise SystemExit("The processes do not know of each other: on CPUs, set ACCELERATE_USE_CPU=true.")
+    return state
+
+
+def replace_file(path, data):
+    """Writes bytes beside the path and renames, so that the file is whole or not there."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_bytes(data)
+    os.replace(beside, path)
+
+
+# === End of programs ===
 
 
 if __name__ == "__main__":

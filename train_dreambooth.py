@@ -2890,16 +2890,28 @@ def write_model_card(run, models, repo_id):
     rows = [json.loads(line) for line in lines]
     losses = [row["loss"] for row in rows if row.get("loss") is not None]
     base, data = name_without_path(given), name_without_path(vars(args).get("dataset_name"))
-    header = ModelCardData(base_model=base, datasets=data, library_name="diffusers", **CARD)
+    grid = f"samples/step-{run.global_step:06d}.png"
+    drawn = Path(args.output_dir, grid).exists()
+    prompts = [prompt for prompt in dict.fromkeys(picture_prompts(args)) if prompt]
+    widget = [{"text": prompt} for prompt in prompts]  # which the Hub offers to draw
+    if drawn and len(prompts) == 1:
+        widget[0]["output"] = {"url": grid}
+    header = ModelCardData(
+        base_model=base,
+        datasets=data,
+        library_name="diffusers",
+        instance_prompt=vars(args).get("instance_prompt"),
+        widget=widget or None,
+        **CARD,
+    )
     shown_base = base or (Path(given).resolve().name if given else "A new model")
     card = [f"---\n{header.to_yaml()}\n---", f"# {repo_id}", f"{shown_base}, trained on {data or 'local pictures'}."]
     if given:
         card.append("The base model's licence applies.")
     card += ["## Load it", f"```python\n{loading_code(run, models, repo_id)}\n```", "## Training"]
-    grid = f"samples/step-{run.global_step:06d}.png"
-    if picture_prompts(args) and Path(args.output_dir, grid).exists():
+    if picture_prompts(args) and drawn:
         card.append(f"![samples]({grid})")
-        card += [f"- {prompt}" for prompt in dict.fromkeys(picture_prompts(args)) if prompt]
+        card += [f"- {prompt}" for prompt in prompts]
     if losses:
         points, curve = loss_curve(losses)
         card.append(f"{run.global_step} steps. Loss from {points[0]:.4f} to {points[-1]:.4f}: `{curve}`")

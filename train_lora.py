@@ -203,7 +203,6 @@ def check_flags(args):
         (no_prodigy, "--optimizer prodigy needs a library: pip install prodigyopt"),
         (prodigy and args.scale_lr, "--optimizer prodigy finds its rate, so leave out --scale_lr"),
         (small_rate, "--optimizer prodigy finds its rate: --learning_rate should be about 1"),
-        (args.use_dora and args.output_kohya_format, "--output_kohya_format cannot hold what --use_dora learns"),
     ]
 
 
@@ -846,6 +845,7 @@ from diffusers.utils import make_image_grid
 from filelock import FileLock, Timeout
 from huggingface_hub import ModelCardData, create_repo, upload_folder
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError, safe_open
@@ -860,7 +860,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 # What is uploaded, or deleted to start anew: no checkpoints, no logs, no arguments with their local paths.
 PUBLISHED = "README.md samples/step-[0-9]*.png".split()
 PUBLISHED += "pytorch_lora_weights.safetensors pytorch_lora_weights_kohya.safetensors".split()
-CARD = {"pipeline_tag": "text-to-image", "tags": ["stable-diffusion", "lora"]}
+CARD = {"pipeline_tag": "text-to-image", "tags": ["stable-diffusion", "lora", "template:sd-lora"]}
 
 
 # Pictures and captions
@@ -1081,7 +1081,7 @@ def save_weights(models, folder):
         layers[f"{part}_lora_adapter_metadata"] = config
     models.pipeline.save_lora_weights(folder, **layers)
     if models.kohya_metadata:
-        data = save(kohya_tensors(models), models.kohya_metadata)
+        data = save(kohya_tensors(models.adapters, "default"), models.kohya_metadata)
         replace_file(folder / "pytorch_lora_weights_kohya.safetensors", sort_header(data))
 
 
@@ -1114,63 +1114,6 @@ def loading_code(run, models, name):
 # The file for other programs
 
 
-# Layers of SDXL's UNet as its first publication named them, which is what kohya's scripts go by; the rest: sgm_name.
-SGM = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "mid_block.resnets.0": "middle_block.0",
-    "mid_block.attentions.0": "middle_block.1",
-    "mid_block.resnets.1": "middle_block.2",
-    "conv_out": "out.2",
-    "conv1": "in_layers.2",
-    "conv2": "out_layers.3",
-    "time_emb_proj": "emb_layers.1",
-    "conv_shortcut": "skip_connection",
-    "downsamplers.0.conv": "downsamplers.0.op",
-}
-
-
-def sgm_name(layer, layers_per_block):
-    """Names a layer of SDXL's UNet as its first publication did."""
-    for ours, theirs in SGM.items():
-        layer = layer.replace(ours, theirs)
-    found = re.match(r"(down|up)_blocks\.(\d)\.(resnets|attentions|downsamplers|upsamplers)\.(\d)", layer)
-    if not found:
-        return layer
-    # The first publication numbers all layers of the way down in one row, and all of the way up.
-    direction, level, kind, i = found.groups()
-    stride = layers_per_block + 1
-    if kind == "downsamplers":
-        number, part = stride - 1, 0
-    elif kind == "upsamplers":
-        number, part = stride - 1, 2
-    else:
-        number, part = int(i), int(kind == "attentions")
-    number += int(level) * stride
-    if direction == "down":
-        return f"input_blocks.{number + 1}.{part}{layer[found.end() :]}"  # the first is conv_in
-    return f"output_blocks.{number}.{part}{layer[found.end() :]}"
-
-
-def kohya_tensors(models):
-    """Returns the adapters' weights, and their alpha beside each pair, under the names of kohya's scripts."""
-    tensors, xl = {}, len(models.text_encoders) > 1
-    alpha = float(models.kohya_metadata["ss_network_alpha"])
-    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if xl else "lora_te", "text_encoder_2": "lora_te2"}
-    for part, model in models.adapters.items():
-        for key, tensor in get_peft_model_state_dict(model).items():
-            layer, side = re.fullmatch(r"(.*)\.lora_([AB])\.weight", file_key(part, key)).groups()
-            if xl and part == "unet":
-                layer = sgm_name(layer, models.pipeline.unet.config.layers_per_block)
-            layer = f"{prefixes[part]}_{layer.replace('.', '_')}"
-            tensors[f"{layer}.{'lora_down' if side == 'A' else 'lora_up'}.weight"] = tensor.contiguous()
-            tensors[f"{layer}.alpha"] = torch.tensor(alpha)
-    return tensors
-
-
 def sort_header(data):
     """Returns the bytes of a safetensors file with its header in order, which otherwise differs from file to file."""
     end = 8 + int.from_bytes(data[:8], "little")  # the header's length stands before it
@@ -1179,22 +1122,15 @@ def sort_header(data):
     return len(header).to_bytes(8, "little") + header + data[end:]
 
 
-def kohya_family(models):
-    """Returns what kohya's scripts call the base's family, and what the modelspec calls it."""
-    if len(models.text_encoders) > 1:
-        return "sdxl_base_v1-0", "xl-v1-base"
-    if models.unet.config.cross_attention_dim == 1024:
-        v_prediction = models.noise_scheduler.config.prediction_type == "v_prediction"
-        return "sd_v2", "v2-768-v" if v_prediction else "v2-512"
-    return "sd_v1", "v1"
-
-
 def kohya_metadata(run, models):
-    """Returns what kohya's scripts write beside the weights, which A1111 and ComfyUI show."""
+    """Returns what kohya's scripts write beside the weights, which A1111 and ComfyUI show.
+
+    No date: two runs of one command leave the same bytes.
+    """
     args, name = run.args, Path(run.args.output_dir).resolve().name
     alpha = (args.lora_alpha or args.rank) * (math.sqrt(args.rank) if args.use_rslora else 1)
-    family, kind = kohya_family(models)
-    metadata = {
+    family = kohya_family(models.pipeline)[0]
+    metadata = modelspec(models.pipeline, name, run.resolution, "/lora") | {
         "ss_network_module": "networks.lora",
         "ss_network_dim": args.rank,
         "ss_network_alpha": alpha,
@@ -1203,12 +1139,122 @@ def kohya_metadata(run, models):
         "ss_output_name": name,
         "ss_learning_rate": args.learning_rate,
         "ss_seed": run.seed,
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"stable-diffusion-{kind}/lora",
-        "modelspec.title": name,
     }
+    if args.instance_prompt:
+        metadata["modelspec.trigger_phrase"] = args.instance_prompt
     return {key: str(value) for key, value in metadata.items()}
 
+
+# === Kohya's format: the same in train_lora.py and export.py ===
+#
+# It asks nothing of the text above. It offers: sgm_name, kohya_tensors, kohya_family, modelspec.
+
+
+# Layers of a UNet as the first publications named them, which is what most programs but diffusers look for.
+SGM = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+SGM_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def renamed(name, names):
+    """Replaces whole words of a dotted name."""
+    for ours, theirs in names.items():
+        name = re.sub(rf"\b{re.escape(ours)}\b", theirs, name)
+    return name
+
+
+def sgm_name(name, config):
+    """Names a layer of a UNet, or a weight of one, as the first publications did, by the UNet's config."""
+    found = re.match(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(\w+)\.(\d+)\.(.+)", name)
+    if not found:
+        return renamed(name, SGM)
+    # They number all layers of the way down in one row, and all of the way up.
+    direction, level, kind, i, rest = found.groups()
+    part = int(kind == "attentions")
+    if kind == "resnets":
+        rest = renamed(rest, SGM_RESNET)
+    if direction == "mid":
+        return f"middle_block.{2 * int(i) + part}.{rest}"
+    stride = config.layers_per_block + 1
+    first = int(level) * stride
+    if kind == "downsamplers":
+        return f"input_blocks.{first + stride}.0.{rest.replace('conv', 'op')}"
+    if kind == "upsamplers":
+        part = 1 + ("Attn" in config.up_block_types[int(level)])  # the last of its layer
+        return f"output_blocks.{first + stride - 1}.{part}.{rest}"
+    if direction == "down":
+        return f"input_blocks.{first + int(i) + 1}.{part}.{rest}"  # behind conv_in
+    return f"output_blocks.{first + int(i)}.{part}.{rest}"
+
+
+def kohya_tensors(models, adapter):
+    """Returns an adapter's weights under the names of kohya's scripts; models are a pipeline's, by part.
+
+    Each layer has two matrices, an alpha, which divided by the rank is the factor of their product, and with DoRA a
+    dora_scale of shape (out, 1) or (out, 1, 1, 1), as LyCORIS has it.
+    """
+    tensors, config = {}, models["unet"].config
+    xl = config.addition_embed_type is not None
+    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if xl else "lora_te", "text_encoder_2": "lora_te2"}
+    for part, model in models.items():
+        for name, layer in model.named_modules():
+            if not isinstance(layer, LoraLayer) or adapter not in layer.lora_A:
+                continue
+            if part != "unet":  # as before transformers 5.6
+                name = f"text_model.{name.removeprefix('text_model.')}"
+            elif xl:
+                name = sgm_name(name, config)
+            name = f"{prefixes[part]}_{name.replace('.', '_')}"
+            down, up = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
+            tensors[f"{name}.lora_down.weight"] = down.contiguous()
+            tensors[f"{name}.lora_up.weight"] = up.contiguous()
+            tensors[f"{name}.alpha"] = torch.tensor(float(layer.scaling[adapter] * layer.r[adapter]))
+            if layer.use_dora[adapter]:
+                magnitude = layer.lora_magnitude_vector[adapter].weight.detach()
+                tensors[f"{name}.dora_scale"] = magnitude.reshape(-1, *[1] * (down.ndim - 1)).contiguous()
+    return tensors
+
+
+def kohya_family(pipeline):
+    """Returns what kohya's scripts call a pipeline's family, and what the modelspec calls it."""
+    if pipeline.unet.config.addition_embed_type:
+        return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
+    if pipeline.unet.config.cross_attention_dim == 1024:
+        v_prediction = pipeline.scheduler.config.prediction_type == "v_prediction"
+        return "sd_v2", "stable-diffusion-v2-768-v" if v_prediction else "stable-diffusion-v2-512"
+    return "sd_v1", "stable-diffusion-v1"
+
+
+def modelspec(pipeline, title, resolution, adapter=""):
+    """Returns what the modelspec (1.0.1) asks of a file: its five MUST fields, and what the model predicts."""
+    kind = kohya_family(pipeline)[1]
+    own_names = adapter and "xl" not in kind  # such adapters have the layers' names of diffusers
+    fields = {
+        "sai_model_spec": "1.0.1",
+        "architecture": kind + adapter,
+        "implementation": "diffusers" if own_names else "https://github.com/Stability-AI/generative-models",
+        "title": title,
+        "resolution": f"{resolution}x{resolution}",
+        "prediction_type": pipeline.scheduler.config.prediction_type.removesuffix("_prediction"),
+    }
+    return {f"modelspec.{name}": value for name, value in fields.items()}
+
+
+# === End of kohya's format ===
 
 # === Stable Diffusion: the same in every script that has it ===
 #
@@ -3213,16 +3259,28 @@ def write_model_card(run, models, repo_id):
     rows = [json.loads(line) for line in lines]
     losses = [row["loss"] for row in rows if row.get("loss") is not None]
     base, data = name_without_path(given), name_without_path(vars(args).get("dataset_name"))
-    header = ModelCardData(base_model=base, datasets=data, library_name="diffusers", **CARD)
+    grid = f"samples/step-{run.global_step:06d}.png"
+    drawn = Path(args.output_dir, grid).exists()
+    prompts = [prompt for prompt in dict.fromkeys(picture_prompts(args)) if prompt]
+    widget = [{"text": prompt} for prompt in prompts]  # which the Hub offers to draw
+    if drawn and len(prompts) == 1:
+        widget[0]["output"] = {"url": grid}
+    header = ModelCardData(
+        base_model=base,
+        datasets=data,
+        library_name="diffusers",
+        instance_prompt=vars(args).get("instance_prompt"),
+        widget=widget or None,
+        **CARD,
+    )
     shown_base = base or (Path(given).resolve().name if given else "A new model")
     card = [f"---\n{header.to_yaml()}\n---", f"# {repo_id}", f"{shown_base}, trained on {data or 'local pictures'}."]
     if given:
         card.append("The base model's licence applies.")
     card += ["## Load it", f"```python\n{loading_code(run, models, repo_id)}\n```", "## Training"]
-    grid = f"samples/step-{run.global_step:06d}.png"
-    if picture_prompts(args) and Path(args.output_dir, grid).exists():
+    if picture_prompts(args) and drawn:
         card.append(f"![samples]({grid})")
-        card += [f"- {prompt}" for prompt in dict.fromkeys(picture_prompts(args)) if prompt]
+        card += [f"- {prompt}" for prompt in prompts]
     if losses:
         points, curve = loss_curve(losses)
         card.append(f"{run.global_step} steps. Loss from {points[0]:.4f} to {points[-1]:.4f}: `{curve}`")

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
+from PIL import Image
 
-from tools.sync import find_scripts
+from tools.sync import find_fences, find_scripts
 
 
-SCRIPTS = sorted(find_scripts(ROOT), key=lambda path: (path.name != "train_text_to_image.py", path.name))
-PROGRAMS = [*SCRIPTS, ROOT / "generate.py"]
+PROGRAMS = sorted(find_scripts(ROOT), key=lambda path: (path.name != "train_text_to_image.py", path.name))
+SCRIPTS = [path for path in PROGRAMS if "Engine" in find_fences(path.read_text())]  # that train
 # The flags that a script can do without, though train_text_to_image.py cannot.
 OPTIONAL = {("--pretrained_model_name_or_path", "train_unconditional.py")}
 NAMES = {path.name for path in PROGRAMS}
@@ -113,11 +114,20 @@ def documented():
             yield path.name, script, arguments
     for path in PROGRAMS:
         docstring = ast.get_docstring(ast.parse(path.read_text()))
-        for script, arguments in commands_in(f"```bash\n{docstring[docstring.index('accelerate launch') :]}\n```"):
+        commands = re.search(r"^    (accelerate launch|python) .*", docstring, flags=re.DOTALL | re.MULTILINE)[0]
+        for script, arguments in commands_in(f"```bash\n{commands}\n```"):
             yield path.name, script, arguments
 
 
 COMMANDS = list(documented())
+
+
+def save_drawn(folder):
+    """Saves what evaluate.py takes: pictures with captions."""
+    os.makedirs(folder, exist_ok=True)
+    for i in range(20):
+        Image.new("RGB", (8, 8)).save(Path(folder, f"{i}.png"))
+        Path(folder, f"{i}.txt").write_text("a cat")
 
 
 def test_commands_are_found():
@@ -139,6 +149,8 @@ def test_documented_commands_parse(where, script, arguments, tmp_path, monkeypat
             os.makedirs(value, exist_ok=True)
         if flag == "--prompts":
             Path(value).write_text('{"prompt": "a cat"}\n')
+        if flag in ("--images", "--compare", "--reference") and script == "evaluate.py":
+            save_drawn(value)
         if value.endswith("/train_args.yaml"):  # of an earlier run
             os.makedirs(os.path.dirname(value), exist_ok=True)
             name = Path(script).stem.removeprefix("train_")

@@ -7,7 +7,7 @@ import importlib
 import pytest
 from helpers import ROOT
 
-from tools.sync import find_scripts
+from tools.sync import find_fences, find_scripts
 
 
 # All flags of the example scripts of each method, by the script that takes their place here.
@@ -52,7 +52,7 @@ REFERENCE = {
     use_8bit_adam
 """.split(),
 }
-SCRIPTS = sorted(path.stem for path in find_scripts(ROOT))
+SCRIPTS = sorted(path.stem for path in find_scripts(ROOT) if "Engine" in find_fences(path.read_text()))
 
 
 def actions_of(script, monkeypatch):

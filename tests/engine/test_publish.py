@@ -18,9 +18,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from helpers import ROOT, SMALL, files_in, flags_of, in_epochs, make_run, metrics, rows, run, same, weights
+from huggingface_hub import ModelCard
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import train_lora
 import train_text_to_image as script
 
 
@@ -434,7 +436,20 @@ def test_card_of_hub_names(hub, tiny_model, pictures, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     header = card.split("---\n")[1]
     assert "base_model: me/base\n" in header and re.search(r"datasets:\s+(- )?me/data\n", header)
+    assert "widget" not in header and "instance_prompt" not in header
     assert "\nme/base, trained on me/data" in card and "samples/" not in card
+
+
+def test_what_the_hub_shows(trainer):
+    """A subject's prompt, adapters' tag, and the prompt to draw, with its picture if that is all that there is."""
+    train = trainer(train_lora, "--max_train_steps", 1, "--validation_steps", 1, "--num_validation_images", 1)
+    out = train("one", "--instance_prompt", "a sks dog", "--validation_prompt", "a sks dog: in a bucket")
+    header = ModelCard.load(out / "README.md").data
+    assert header.instance_prompt == "a sks dog" and "template:sd-lora" in header.tags
+    picture = {"url": "samples/step-000001.png"}
+    assert header.widget == [{"text": "a sks dog: in a bucket", "output": picture}] and (out / picture["url"]).exists()
+    header = ModelCard.load(train("two", "--validation_prompts", "a cat", "a dog") / "README.md").data
+    assert header.widget == [{"text": "a cat"}, {"text": "a dog"}] and "instance_prompt" not in header.to_dict()
 
 
 @pytest.mark.parametrize("steps", [1, 200])

@@ -283,7 +283,7 @@ def test_names_of_sdxl():
         )
     layers = [name for name, m in unet.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
     wanted = {name: unet_name(f"{name}.weight", unet.config).removesuffix(".weight") for name in layers}
-    assert {name: script.sgm_name(name, 2) for name in layers} == wanted and len({*wanted.values()}) == 794
+    assert {name: script.sgm_name(name, unet.config) for name in layers} == wanted and len({*wanted.values()}) == 794
 
 
 def test_sd_2(train, tiny_v_model, tmp_path):

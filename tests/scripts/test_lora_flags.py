@@ -128,7 +128,6 @@ MISTAKES = [
     ("--optimizer prodigy --train_text_encoder --text_encoder_lr 1", "--text_encoder_lr"),
     ("--optimizer prodigy --scale_lr", "--scale_lr"),
     ("--optimizer prodigy --learning_rate 1e-4", "--learning_rate"),
-    ("--use_dora --output_kohya_format", "--output_kohya_format"),
     ("--rank 0", "--rank"),
     ("--lora_alpha 0", "--lora_alpha"),
     ("--lora_dropout 1", "--lora_dropout"),

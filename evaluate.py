@@ -1,0 +1,508 @@
+"""Says in numbers what pictures are worth: how well they fit their prompts, a subject, or a set of other pictures.
+
+--images is a folder of pictures, such as generate.py leaves, with their prompts in a metadata.jsonl or metadata.csv,
+or in .txt files beside them. With --compare, a second folder of the same prompts and seeds is compared with it,
+picture by picture. Each figure has its 95 % interval, which says how far other seeds and other reference pictures
+would move it, for these prompts. Features are those of a CLIP (--clip_model): those of two CLIPs cannot be compared.
+
+    clip_score         how well pictures fit their prompts, up to 100
+    clip_directional   how well the change from --originals to --images fits that of their captions, -1 to 1
+    clip_i             how much pictures look like those of a subject, --reference, -1 to 1
+    kid, cmmd          distances to the pictures of --reference, 0 is best; kid is unbiased, so it is for small sets
+    frechet            such a distance, for sets of more pictures than the features are long
+    fid                the same on Inception's features, by torch-fidelity (pip install torch-fidelity)
+
+--output_dir gets metrics.json, pictures.csv with a row for each picture, and best_and_worst.png.
+
+    accelerate launch evaluate.py --images drawn/pictures --metrics clip_score
+    accelerate launch evaluate.py --images drawn/pictures --compare drawn/compare --metrics clip_score
+    accelerate launch --num_processes 4 evaluate.py --images drawn/pictures --reference dog --metrics clip_i kid
+"""
+
+# What `uv run` installs, as requirements.txt lists it (PEP 723)
+#
+# /// script
+# requires-python = ">=3.11,<3.15"
+# dependencies = [
+#     "torch>=2.13,<2.14", "diffusers>=0.41,<0.43", "transformers>=5.23,<6",
+#     "accelerate>=1.13,<2", "datasets>=4,<6", "peft>=0.20,<0.22", "huggingface_hub>=1.32,<3",
+#     "filelock>=4.2,<5", "safetensors>=0.8,<1", "numpy>=2.0.2,<3", "Pillow>=11,<14", "PyYAML>=6.0.1,<7",
+#     "psutil>=6,<8", "tqdm>=4.66.3,<5", "tensorboard>=2.18,<3", "wandb>=0.26.1,<1",
+#     "prodigyopt>=1.1.2,<2", "bitsandbytes>=0.50,<1",
+# ]
+# ///
+
+import argparse
+import csv
+import datetime
+import hashlib
+import importlib.util
+import io
+import json
+import math
+import os
+from pathlib import Path
+
+
+# The flags and the pictures
+
+
+NEEDS = {"clip_directional": "originals", "clip_i": "reference", "kid": "reference", "cmmd": "reference"}
+NEEDS |= {"frechet": "reference", "fid": "reference"}
+METRICS = ["clip_score", *NEEDS]
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def parse_args(argv=None):
+    """Parses the command line, and lists the pictures as args.folders; what is wrong is said before CLIP is loaded."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n    accelerate")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--images", required=True, help="folder of the pictures")
+    add("--compare", help="folder of other pictures of the same names, prompts and seeds")
+    add("--reference", help="folder of pictures to be like; captions are not read")
+    add("--originals", help="folder of what the pictures were made from, with the same names, and captions of its own")
+    add("--metrics", nargs="+", choices=METRICS, default=["clip_score"], metavar="METRIC", help=", ".join(METRICS))
+    add("--clip_model", default="openai/clip-vit-large-patch14", help="folder or Hub id of a CLIP of transformers")
+    add("--caption_column", default="text", help="column of the metadata that holds the captions")
+    add("--batch_size", type=int, default=32, help="pictures at once")
+    add("--encoding_cache_dir", help="where features are kept between runs; default ~/.cache/diffusion-training")
+    add("--output_dir", default="evaluated", help="folder of the results")
+    args = parser.parse_args(argv)
+    needed = {NEEDS.get(metric) for metric in args.metrics}
+    for metric in args.metrics:
+        if metric in NEEDS and not getattr(args, NEEDS[metric]):
+            parser.error(f"--metrics {metric} needs --{NEEDS[metric]}")
+    for flag in ("reference", "originals"):
+        if getattr(args, flag) and flag not in needed:
+            parser.error(f"none of --metrics {' '.join(args.metrics)} takes --{flag}")
+    if args.batch_size < 1:
+        parser.error("--batch_size has to be 1 or more")
+    if "fid" in args.metrics and importlib.util.find_spec("torch_fidelity") is None:
+        parser.error("--metrics fid takes Inception's features: pip install torch-fidelity, or take kid")
+    flags = [flag for flag in ("images", "compare", "originals", "reference") if getattr(args, flag)]
+    args.folders = {flag: read_folder(flag, getattr(args, flag), args.caption_column) for flag in flags}
+    for metric in {"clip_score", "clip_directional"} & {*args.metrics}:
+        check_captions(args.folders, metric)
+    for flag in {"compare", "originals"} & {*flags}:
+        args.folders[flag] = paired(args.folders, flag)
+    return args
+
+
+def read_captions(folder):
+    """Returns the rows of a folder's metadata by the file that they are of."""
+    try:
+        if (folder / "metadata.jsonl").is_file():
+            lines = (folder / "metadata.jsonl").read_text(encoding="utf-8-sig").splitlines()
+            rows = [json.loads(line) for line in lines if line.strip()]
+        elif (folder / "metadata.csv").is_file():
+            with open(folder / "metadata.csv", newline="", encoding="utf-8-sig") as lines:
+                rows = [*csv.DictReader(lines)]
+        else:
+            rows = []
+        return {row["file_name"]: row for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"The metadata of {folder} cannot be read: {type(error).__name__}: {error}")
+
+
+def read_folder(flag, name, caption_column):
+    """Lists the pictures of a folder: file, name in the folder, caption and seed, which are None if it has none."""
+    folder = Path(name)
+    if not folder.is_dir():
+        raise SystemExit(f"--{flag} {folder} is not a folder.")
+    told, pictures = read_captions(folder), []
+    for file in sorted(folder.rglob("*")):
+        if file.suffix.lower() not in SUFFIXES or file.name.startswith("."):
+            continue
+        place = file.relative_to(folder)
+        row = told.get(place.as_posix(), {})
+        caption, beside = row.get(caption_column), file.with_suffix(".txt")
+        if caption is None and beside.is_file():
+            caption = beside.read_text(encoding="utf-8-sig").strip()
+        name = place.with_suffix("").as_posix()
+        pictures.append({"file": file, "name": name, "caption": caption, "seed": row.get("seed")})
+    if len(pictures) < 2:
+        raise SystemExit(f"--{flag} {folder} holds {len(pictures)} pictures: no interval has fewer than 2.")
+    return pictures
+
+
+def check_captions(folders, metric):
+    """Refuses pictures without a caption."""
+    for flag in {"images", "originals"} & folders.keys():
+        for picture in folders[flag]:
+            if not isinstance(picture["caption"], str):
+                raise SystemExit(f"--metrics {metric} takes captions, and {picture['file']} has none.")
+
+
+def paired(folders, flag):
+    """Returns a folder's pictures in the order of --images; refuses those of other names, prompts or seeds."""
+    others = {picture["name"]: picture for picture in folders[flag]}
+    for picture in folders["images"]:
+        other = others.get(picture["name"])
+        if other is None:
+            raise SystemExit(f"--{flag} has no picture {picture['name']}, and --images has.")
+        if flag == "compare" and any(other[key] != picture[key] for key in ("caption", "seed")):
+            raise SystemExit(f"{other['file']} has another prompt or seed than {picture['file']}.")
+    return [others[picture["name"]] for picture in folders["images"]]
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the slow imports, so that --help and a wrong flag answer at once
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it asks for torchvision, which nothing here needs
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import gather_object, parse_flag_from_env
+from diffusers.utils import make_image_grid
+from PIL import Image, ImageOps
+from safetensors.torch import load_file, save
+from tqdm import tqdm
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+
+# The formulas. Features are tensors (n, d), with a row for each picture or caption.
+
+
+def unit(features):
+    """Returns features scaled to length 1."""
+    return features / features.norm(dim=1, keepdim=True)
+
+
+def clip_score(images, captions):
+    """Returns 100 max(cos, 0) of each picture and its caption, (n,): arXiv:2104.08718, eq. 1, with w = 100."""
+    return 100 * (unit(images) * unit(captions)).sum(1).clip(min=0)
+
+
+def clip_directional(images, captions, originals, original_captions):
+    """Returns the cos between the changes of each picture and of its caption, (n,): arXiv:2108.00946, eq. 2."""
+    return F.cosine_similarity(unit(images) - unit(originals), unit(captions) - unit(original_captions))
+
+
+def clip_i(images, references):
+    """Returns each picture's mean cos with all references, (n,): arXiv:2208.12242, section 4.2."""
+    return unit(images) @ unit(references).mean(0)
+
+
+def frechet(x, y):
+    """Returns |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of means and covariances: arXiv:1706.08500, eq. 6."""
+    means = (x.mean(0) - y.mean(0)).square().sum()
+    # With S = R'R, the trace of the root is the sum of the singular values of R1 R2'.
+    r, s = (torch.linalg.qr((z - z.mean(0)) / math.sqrt(len(z) - 1), mode="r").R for z in (x, y))
+    return means + r.square().sum() + s.square().sum() - 2 * torch.linalg.svdvals(r @ s.T).sum()
+
+
+def mean_kernel(kernel, x, y, unbiased):
+    """Returns the mean of a kernel over all pairs of rows, or, if unbiased, of rows of x with the others of x."""
+    total, pairs = 0, len(x) * len(y)
+    for first in range(0, len(x), 4096):  # so that it fits in memory
+        values = kernel(x[first : first + 4096], y)
+        total += values.sum()
+        if unbiased:
+            total -= values.diagonal(first).sum()
+    return total / (pairs - len(x) if unbiased else pairs)
+
+
+def kid(x, y):
+    """Returns the squared maximum mean discrepancy under (x.y / d + 1)^3, unbiased: arXiv:1801.01401, section 4."""
+
+    def kernel(a, b):
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    return mean_kernel(kernel, x, x, True) + mean_kernel(kernel, y, y, True) - 2 * mean_kernel(kernel, x, y, False)
+
+
+def cmmd(x, y):
+    """Returns 1000 times that of unit vectors under exp(-|x - y|^2 / 200), biased: arXiv:2401.09603, section 4."""
+    x, y = unit(x), unit(y)
+
+    def kernel(a, b):
+        return (-torch.cdist(a, b).square() / 200).exp()
+
+    sums = [mean_kernel(kernel, *pair, False) for pair in ((x, x), (y, y), (x, y))]
+    return 1000 * (sums[0] + sums[1] - 2 * sums[2])
+
+
+# What a metric takes: of a folder (mine) and of --reference (theirs), features by name.
+OF_PICTURES = {  # a number for each picture
+    "clip_score": lambda mine, theirs: clip_score(mine["pictures"], mine["captions"]),
+    "clip_directional": lambda mine, theirs: clip_directional(
+        mine["pictures"], mine["captions"], mine["originals"], mine["original captions"]
+    ),
+    "clip_i": lambda mine, theirs: clip_i(mine["pictures"], theirs["pictures"]),
+}
+OF_SETS = {
+    "kid": lambda mine, theirs: kid(mine["pictures"], theirs["pictures"]),
+    "cmmd": lambda mine, theirs: cmmd(mine["pictures"], theirs["pictures"]),
+    "frechet": lambda mine, theirs: frechet(mine["pictures"], theirs["pictures"]),
+    "fid": lambda mine, theirs: frechet(mine["inception"], theirs["inception"]),
+}
+
+
+def quantile(freedom):
+    """Returns the 97.5 % quantile of Student's t: Abramowitz and Stegun, 26.7.5; within 0.5 % from 4 degrees on."""
+    z = 1.959964
+    terms = [z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96]
+    terms.append((3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
+    return sum(term / freedom**i for i, term in enumerate(terms))
+
+
+def interval(statistic, *counts):
+    """Returns a statistic of samples of so many rows, and the ends of its 95 % interval.
+
+    The statistic takes the numbers of the rows to count, a tensor for each sample. The jackknife leaves out each of up
+    to 20 groups of rows (Efron and Tibshirani 1993, chapter 11). Of a mean, that is Student's interval.
+    """
+    everything = [torch.arange(count) for count in counts]
+    value, variance, freedom = float(statistic(*everything)), 0.0, 19
+    for i, rows in enumerate(everything):
+        groups = min(len(rows), 20)
+        group = torch.from_numpy(np.random.default_rng(0).permutation(len(rows)) % groups)
+        without = [float(statistic(*everything[:i], rows[group != g], *everything[i + 1 :])) for g in range(groups)]
+        variance += (groups - 1) * np.var(without)
+        freedom = min(freedom, groups - 1)
+    reach = quantile(freedom) * math.sqrt(variance)
+    return {"value": value, "low": value - reach, "high": value + reach}
+
+
+# Features
+
+
+def open_picture(file):
+    """Opens a picture as people see it: upright, and on white."""
+    try:
+        with Image.open(file) as opened:
+            picture = ImageOps.exif_transpose(opened).convert("RGBA")
+    except Exception as error:  # Pillow raises nearly anything over broken files
+        raise SystemExit(f"{file} does not open as a picture: {error}")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
+def load_clip(name, device):
+    """Returns a CLIP, and its functions from pictures and from captions to features, (n, d)."""
+    try:
+        model = CLIPModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32).to(device).eval()
+        processor, tokenizer = CLIPImageProcessorPil.from_pretrained(name), CLIPTokenizer.from_pretrained(name)
+    except Exception as error:  # transformers raises nearly anything over files that it cannot use
+        raise SystemExit(f"--clip_model {name} cannot be loaded as a CLIP of safetensors files: {error}")
+
+    def of_pictures(pictures):
+        pixels = processor(pictures, return_tensors="pt").pixel_values
+        return model.get_image_features(pixel_values=pixels.to(device)).pooler_output.cpu()
+
+    def of_captions(captions):
+        longest = model.config.text_config.max_position_embeddings
+        cut = sum(len(words) > longest for words in tokenizer(captions).input_ids)
+        if cut:
+            print(f"{cut} captions have more than {longest} tokens: their ends are not seen.")
+        padded = {"padding": "max_length", "max_length": longest, "truncation": True, "return_tensors": "pt"}
+        parts = [captions[first : first + 256] for first in range(0, len(captions), 256)]
+        words = [tokenizer(part, **padded).to(device) for part in parts]
+        return torch.cat([model.get_text_features(**batch).pooler_output.cpu() for batch in words]).double()
+
+    return model, of_pictures, of_captions
+
+
+def load_inception(device):
+    """Returns Inception as torch-fidelity has it, and its function from pictures to features, (n, 2048)."""
+    from torch_fidelity.utils import create_feature_extractor
+
+    model = create_feature_extractor("inception-v3-compat", ["2048"], cuda=device.type == "cuda")
+
+    def of_pictures(pictures):
+        pixels = [torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].to(device) for picture in pictures]
+        return torch.cat([model(one)[0].cpu() for one in pixels])
+
+    return model, of_pictures
+
+
+def weights_digest(model):
+    """Returns a digest of a model's weights."""
+    total = hashlib.blake2b(digest_size=8)
+    for weight in model.state_dict().values():
+        total.update(weight.cpu().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def encode(args, state, model, of_pictures, flag):
+    """Returns the features of a folder's pictures, (n, d): those kept, and those that ranks share in computing."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(args.encoding_cache_dir or Path(home, "diffusion-training"), "features")
+    place = hashlib.blake2b(os.path.abspath(getattr(args, flag)).encode(), digest_size=8).hexdigest()
+    kept_in = folder / f"{weights_digest(model)}-{place}.safetensors"
+    kept = load_file(kept_in) if kept_in.exists() else {}
+    names = [hashlib.blake2b(picture["file"].read_bytes()).hexdigest() for picture in args.folders[flag]]
+    files = {name: picture["file"] for name, picture in zip(names, args.folders[flag])}
+    missing = [name for name in files if name not in kept]
+    mine, new = missing[state.process_index :: state.num_processes], {}
+    batches = [mine[first : first + args.batch_size] for first in range(0, len(mine), args.batch_size)]
+    for batch in tqdm(batches, f"features of --{flag}", disable=not state.is_main_process):
+        features = of_pictures([open_picture(files[name]) for name in batch])
+        new |= {name: row.clone() for name, row in zip(batch, features)}
+    for part in gather_object([new]):
+        kept |= part
+    if missing and state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(kept_in, save({name: kept[name] for name in files}))
+    return torch.stack([kept[name] for name in names]).double()
+
+
+def all_features(args, state):
+    """Returns the features by folder: of its pictures, and for --images and --compare of what belongs to these."""
+    model, of_pictures, of_captions = load_clip(args.clip_model, state.device)
+    check_counts(args, model.config.projection_dim)
+    features = {flag: {"pictures": encode(args, state, model, of_pictures, flag)} for flag in args.folders}
+    captions = {flag: [picture["caption"] for picture in args.folders[flag]] for flag in args.folders}
+    for flag in ("images", "compare"):
+        if flag in features and {"clip_score", "clip_directional"} & {*args.metrics}:
+            features[flag]["captions"] = of_captions(captions["images"])
+        if flag in features and args.originals:
+            features[flag]["originals"] = features["originals"]["pictures"]
+            features[flag]["original captions"] = of_captions(captions["originals"])
+    if "fid" in args.metrics:
+        inception, of_pictures = load_inception(state.device)
+        for flag in features.keys() - {"originals"}:
+            features[flag]["inception"] = encode(args, state, inception, of_pictures, flag)
+    return features
+
+
+def check_counts(args, length):
+    """Refuses sets that are too small for a distance."""
+    for metric in OF_SETS.keys() & {*args.metrics}:
+        least = {"frechet": length + 1, "fid": 2049}.get(metric, 20)
+        for flag in args.folders.keys() - {"originals"}:
+            count = len(args.folders[flag])
+            if count < least:
+                way_out = "give more, or take kid" if least > 20 else "give more"
+                sentence = f"--metrics {metric} takes {least} pictures or more, and --{flag} has {count}: {way_out}."
+                raise SystemExit(sentence)
+
+
+# The results
+
+
+def measure(args, features):
+    """Returns, by metric, what each folder has and how the second one differs, each with its interval."""
+    count, theirs, results = len(args.folders["images"]), features.get("reference", {}), {}
+
+    def select(rows_of, rows):
+        return {name: tensor[rows] for name, tensor in rows_of.items()}
+
+    for metric in args.metrics:
+        formula = (OF_PICTURES | OF_SETS)[metric]
+        counts = [count, len(theirs["pictures"])] if NEEDS.get(metric) == "reference" else [count]
+
+        def value(flag, mine, others=slice(None), formula=formula):
+            return formula(select(features[flag], mine), select(theirs, others)).mean()
+
+        def difference(*rows, value=value):
+            return value("compare", *rows) - value("images", *rows)
+
+        results[metric] = {"images": interval(lambda *rows, value=value: value("images", *rows), *counts)}
+        if args.compare:
+            results[metric]["compare"] = interval(lambda *rows, value=value: value("compare", *rows), *counts)
+            results[metric]["difference"] = interval(difference, *counts)
+    return results
+
+
+def shown(figure):
+    """Returns a figure with its interval as text."""
+    return "{value:.4g} ({low:.4g} to {high:.4g})".format(**figure)
+
+
+def report(args, results):
+    """Prints a table of the figures, and says which differences are some."""
+    pictures = {flag: len(args.folders[flag]) for flag in args.folders}
+    print(f"{args.clip_model}; " + ", ".join(f"{count} {flag}" for flag, count in pictures.items()))
+    columns = [*next(iter(results.values()))]
+    print(" " * 18 + "".join(f"{column:<32}" for column in columns).rstrip())
+    for metric, figures in results.items():
+        print(f"{metric:<18}" + "".join(f"{shown(figures[column]):<32}" for column in columns).rstrip())
+    for metric, figures in results.items():
+        if "difference" in figures:
+            change = figures["difference"]
+            way = "higher" if change["value"] > 0 else "lower"
+            if change["low"] > 0 or change["high"] < 0:
+                print(f"{metric}: --compare is {way} by {shown(change)}: a difference.")
+            else:
+                print(f"{metric}: no difference is shown, as 0 lies in its interval.")
+
+
+def picture_rows(args, features):
+    """Returns a row for each picture: its folder, name and caption, and its own metrics."""
+    metrics = [metric for metric in args.metrics if metric in OF_PICTURES]
+    rows = []
+    for flag in [flag for flag in ("images", "compare") if flag in args.folders]:
+        values = [OF_PICTURES[metric](features[flag], features.get("reference")).tolist() for metric in metrics]
+        for picture, *numbers in zip(args.folders[flag], *values):
+            row = {"folder": flag, "file": str(picture["file"]), "caption": picture["caption"]}
+            rows.append(row | dict(zip(metrics, numbers)))
+    return rows
+
+
+def write_results(args, results, rows):
+    """Writes metrics.json, pictures.csv, and the ten best and ten worst pictures of --images by the first metric."""
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    told = {flag: {"folder": getattr(args, flag), "pictures": len(args.folders[flag])} for flag in args.folders}
+    report = {"clip_model": args.clip_model, **told, "metrics": results}
+    replace_file(folder / "metrics.json", (json.dumps(report, indent=1) + "\n").encode())
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, [*rows[0]], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_file(folder / "pictures.csv", lines.getvalue().encode())
+    metric = next((metric for metric in args.metrics if metric in OF_PICTURES), None)
+    if metric:
+        ranked = sorted((row for row in rows if row["folder"] == "images"), key=lambda row: -row[metric])
+        chosen = [open_picture(row["file"]) for row in ranked[:10] + ranked[-10:]]
+        squares = [ImageOps.pad(picture, (128, 128), color="white") for picture in chosen]
+        data = io.BytesIO()
+        make_image_grid(squares, 2, len(squares) // 2).save(data, "PNG")
+        replace_file(folder / "best_and_worst.png", data.getvalue())
+
+
+@torch.inference_mode()
+def main(args):
+    """Measures the pictures; ranks share their features, and the first one says and writes the results."""
+    state = start_processes()
+    features = all_features(args, state)
+    if state.is_main_process:
+        results = measure(args, features)
+        write_results(args, results, picture_rows(args, features))
+        report(args, results)
+        print(f"More is in {args.output_dir}.")
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+# === Programs: the same in generate.py and evaluate.py ===
+#
+# It asks nothing of the text above. It offers: start_processes, replace_file.
+
+
+def start_processes():
+    """Returns what tells one process of several from the others; they wait for each other for hours."""
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=datetime.timedelta(hours=12))
+    if int(os.environ.get("WORLD_SIZE", 1)) != state.num_processes:  # each would do all
+        raise SystemExit("The processes do not know of each other: on CPUs, set ACCELERATE_USE_CPU=true.")
+    return state
+
+
+def replace_file(path, data):
+    """Writes bytes beside the path and renames, so that the file is whole or not there."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_bytes(data)
+    os.replace(beside, path)
+
+
+# === End of programs ===
+
+
+if __name__ == "__main__":
+    main(args)

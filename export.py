@@ -1,0 +1,569 @@
+"""Writes what a training script left as other programs take it: one file for A1111, ComfyUI, kohya and Civitai.
+
+A whole model of Stable Diffusion 1.x, 2.x or XL becomes one .safetensors file with the names of the first
+publications, or a folder of diffusers in another precision. Adapters (LoRA) become kohya's file, or with --merge_lora
+part of their base. The result is a folder, a file or a Hub id: a whole pipeline, adapters, or a checkpoint. What
+adapters and checkpoints go on is found in the run's train_args.yaml, in the model card, or by --base.
+
+    python export.py my-model my-model.safetensors --dtype fp16
+    python export.py my-model/checkpoint-500 averaged.safetensors --use_ema --dtype fp16
+    python export.py my-lora for-comfyui.safetensors
+    python export.py my-lora merged-model --merge_lora --lora_scale 0.8
+"""
+
+# What `uv run` installs, as requirements.txt lists it (PEP 723)
+#
+# /// script
+# requires-python = ">=3.11,<3.15"
+# dependencies = [
+#     "torch>=2.13,<2.14", "diffusers>=0.41,<0.43", "transformers>=5.23,<6",
+#     "accelerate>=1.13,<2", "datasets>=4,<6", "peft>=0.20,<0.22", "huggingface_hub>=1.32,<3",
+#     "filelock>=4.2,<5", "safetensors>=0.8,<1", "numpy>=2.0.2,<3", "Pillow>=11,<14", "PyYAML>=6.0.1,<7",
+#     "psutil>=6,<8", "tqdm>=4.66.3,<5", "tensorboard>=2.18,<3", "wandb>=0.26.1,<1",
+#     "prodigyopt>=1.1.2,<2", "bitsandbytes>=0.50,<1",
+# ]
+# ///
+
+import argparse
+import datetime
+import inspect
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import yaml
+
+
+# The flags
+
+
+DTYPES = ["fp32", "fp16", "bf16"]
+
+
+def parse_args(argv=None):
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("result", help="what a training script left: a folder, a file or a Hub id")
+    add("output", help="the file to write, if it ends in .safetensors, or else the folder")
+    add("--base", help="what adapters or a checkpoint go on, if the run does not say; of a single file, its configs")
+    add("--dtype", choices=DTYPES, default="fp32", help="precision of the weights that are written")
+    add("--use_ema", action="store_true", help="of a checkpoint, take the average of the weights, unet_ema/")
+    add("--merge_lora", action="store_true", help="add adapters to the weights of their base, and write that")
+    add("--lora_scale", type=float, default=1.0, help="strength of adapters")
+    args = parser.parse_args(argv)
+    output = Path(args.output)
+    if output.exists():
+        parser.error(f"{output} is there already: name another output, or take that away")
+    if not output.absolute().parent.is_dir():
+        parser.error(f"there is no folder {output.absolute().parent}")
+    if output.suffix in (".ckpt", ".pt", ".bin"):
+        parser.error("such files are pickles, which can run code: take .safetensors, which the same programs read")
+    return args
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the slow imports, so that --help and a wrong flag answer at once
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it asks for torchvision, which nothing here needs
+
+import diffusers
+import torch
+from huggingface_hub import HfApi, ModelCard
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+
+# The names of the first publications; those of UNets stand in a fence below.
+
+
+VAE = {
+    "conv_norm_out": "norm_out",
+    "conv_shortcut": "nin_shortcut",
+    "downsamplers.0": "downsample",
+    "upsamplers.0": "upsample",
+    "mid_block.attentions.0": "mid.attn_1",
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "down_blocks": "down",
+    "resnets": "block",
+}
+VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+OPENCLIP = {
+    "embeddings.token_embedding": "token_embedding",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "encoder.layers": "transformer.resblocks",
+    "final_layer_norm": "ln_final",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "fc1": "c_fc",
+    "fc2": "c_proj",
+    "self_attn": "attn",
+    "text_projection.weight": "text_projection",
+}
+
+
+def vae_weights(vae):
+    """Returns a VAE's weights: the decoder's blocks are counted from the picture, attention is 1x1 convolutions."""
+    last, weights = len(vae.config.up_block_types) - 1, {}
+    for name, weight in vae.state_dict().items():
+        name = re.sub(r"up_blocks\.(\d+)", lambda found: f"up.{last - int(found[1])}", name)
+        if ".attentions." in name:
+            name = renamed(name, VAE_ATTENTION)
+        weights[renamed(name, VAE)] = weight[:, :, None, None] if weight.ndim == 2 else weight
+    return weights
+
+
+def text_weights(encoder):
+    """Returns a text encoder's weights as CLIP has them, or, if it is one of OpenCLIP's, as OpenCLIP has them."""
+    weights = {name.removeprefix("text_model."): weight for name, weight in encoder.state_dict().items()}
+    if encoder.config.hidden_act != "gelu":  # which all of OpenCLIP's have, and the first CLIP not
+        return {f"transformer.text_model.{name}": weight for name, weight in weights.items()}
+    for name in [name for name in weights if ".q_proj." in name]:  # query, key and value are one matrix there
+        parts = [weights.pop(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
+        weights[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+    if "text_projection.weight" in weights:
+        weights["text_projection.weight"] = weights["text_projection.weight"].T
+    return {f"model.{renamed(name, OPENCLIP)}": weight for name, weight in weights.items()}
+
+
+def single_file_weights(pipeline):
+    """Returns a pipeline's weights, with the marks of v-prediction and of a schedule that ends in noise alone."""
+    unet, schedule = pipeline.unet, pipeline.scheduler.config
+    tensors = {f"model.diffusion_model.{sgm_name(name, unet.config)}": w for name, w in unet.state_dict().items()}
+    tensors |= {f"first_stage_model.{name}": weight for name, weight in vae_weights(pipeline.vae).items()}
+    encoders = {"cond_stage_model": pipeline.text_encoder}
+    if hasattr(pipeline, "text_encoder_2"):
+        encoders = {
+            "conditioner.embedders.0": pipeline.text_encoder,
+            "conditioner.embedders.1": pipeline.text_encoder_2,
+        }
+    for prefix, encoder in encoders.items():
+        tensors |= {f"{prefix}.{name}": weight for name, weight in text_weights(encoder).items()}
+    if schedule.prediction_type == "v_prediction":
+        tensors["v_pred"] = torch.tensor([])
+    if schedule.get("rescale_betas_zero_snr"):
+        tensors["ztsnr"] = torch.tensor([])
+    return tensors
+
+
+# What is written
+
+
+def write_file(tensors, metadata, output):
+    """Writes a safetensors file, beside its place first."""
+    tensors = {name: weight.contiguous() for name, weight in tensors.items()}
+    beside = output.with_name(f".{output.name}.tmp")
+    try:
+        save_file(tensors, beside, {name: str(value) for name, value in metadata.items()})
+        os.replace(beside, output)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_folder(pipeline, output):
+    """Writes a folder of diffusers, beside its place first, with files that programs of older libraries read."""
+    with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=f".{output.name}.") as beside:
+        folder = Path(beside, "whole")
+        pipeline.save_pretrained(folder)
+        for part in ("tokenizer", "tokenizer_2"):
+            if part in pipeline.components:
+                tokenizer = pipeline.components[part]
+                tokenizer.backend_tokenizer.model.save(str(folder / part))  # vocab.json and merges.txt
+        os.replace(folder, output)
+
+
+def file_metadata(args, pipeline, flags, adapter=""):
+    """Returns what a file says of itself: the modelspec's fields."""
+    resolution = flags.get("resolution") or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    fields = modelspec(pipeline, Path(args.output).stem, resolution, adapter)
+    fields["modelspec.date"] = datetime.date.today().isoformat()
+    if flags.get("instance_prompt"):
+        fields["modelspec.trigger_phrase"] = flags["instance_prompt"]
+    return fields
+
+
+def kohya_file(args, pipeline, flags, adapter):
+    """Returns the tensors and the metadata of kohya's file of an adapter."""
+    models = {part: pipeline.components.get(part) for part in ("unet", "text_encoder", "text_encoder_2")}
+    tensors = kohya_tensors({part: model for part, model in models.items() if model is not None}, adapter)
+    ranks = {len(weight) for name, weight in tensors.items() if name.endswith("lora_down.weight")}
+    alphas = {weight.item() for name, weight in tensors.items() if name.endswith("alpha")}
+    family = kohya_family(pipeline)[0]
+    metadata = file_metadata(args, pipeline, flags, "/lora") | {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": ranks.pop() if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": alphas.pop() if len(alphas) == 1 else "Dynamic",
+        "ss_base_model_version": family,
+        "ss_v2": family == "sd_v2",
+        "ss_output_name": Path(args.output).stem,
+    }
+    return tensors, metadata
+
+
+def megabytes(path):
+    """Returns the size of a file, or of the safetensors files of a folder, in MB."""
+    files = Path(path).rglob("*.safetensors") if Path(path).is_dir() else [Path(path)]
+    return sum(file.stat().st_size for file in files) / 1e6
+
+
+def problem(args, kind, file):
+    """Returns what a result of some kind cannot become, or None."""
+    if kind == "word":
+        return "a new word needs no export: A1111 and ComfyUI read its learned_embeds.safetensors"
+    if args.use_ema and not Path(args.result, "unet_ema").is_dir():
+        return "--use_ema is for a checkpoint of a run with --use_ema, which has a unet_ema/"
+    if (args.merge_lora or args.lora_scale != 1) and kind != "adapters":
+        return "--merge_lora and --lora_scale are for adapters"
+    if kind == "adapters" and not args.merge_lora and not file:
+        return "adapters become a file (name one .safetensors), or with --merge_lora part of their base"
+    return None
+
+
+def main(args):
+    """Writes the output, and prints sizes before and after."""
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    output, file = Path(args.output), args.output.endswith(".safetensors")
+    result = str(Path(args.result, "unet_ema")) if args.use_ema else args.result
+    try:
+        kind = kind_of(args.result)
+        if why := problem(args, kind, file):
+            raise ValueError(why)
+        pipeline, adapters = open_model([result], args.base, [args.lora_scale])
+        if file and not hasattr(pipeline, "vae"):
+            raise ValueError("a model of pixels has no such file: name a folder")
+    except Exception as error:  # diffusers raises nearly anything over files that it cannot use
+        raise SystemExit(f"{args.result} cannot be exported: {error}")
+    pipeline.to(torch.float32)
+    if args.merge_lora:
+        pipeline.fuse_lora(adapter_names=[*adapters])
+        pipeline.unload_lora_weights()
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
+    pipeline.to(dtype)
+    models = {name: model for name, model in pipeline.components.items() if isinstance(model, torch.nn.Module)}
+    for name, model in models.items():
+        if not all(weight.isfinite().all() for weight in model.state_dict().values()):
+            raise SystemExit(f"The weights of {name} are not finite in {args.dtype}: take bf16 or fp32.")
+    flags = run_flags(result)
+    try:
+        if kind == "adapters" and not args.merge_lora:
+            write_file(*kohya_file(args, pipeline, flags, *adapters), output)
+        elif file:
+            write_file(single_file_weights(pipeline), file_metadata(args, pipeline, flags), output)
+        else:
+            if "text_encoder" in models:  # saved under the names that it has in all published folders
+                encoder = pipeline.text_encoder
+                encoder._weight_conversions = get_model_conversion_mapping(encoder, add_legacy=False)
+            write_folder(pipeline, output)
+    except OSError as error:
+        raise SystemExit(f"{output} cannot be written: {error}")
+    before = f"{megabytes(result):.1f} MB, became " if Path(result).exists() else ""
+    print(f"{result}, {before}{output}, {megabytes(output):.1f} MB in {args.dtype}.")
+
+
+# === Kohya's format: the same in train_lora.py and export.py ===
+#
+# It asks nothing of the text above. It offers: sgm_name, kohya_tensors, kohya_family, modelspec.
+
+
+# Layers of a UNet as the first publications named them, which is what most programs but diffusers look for.
+SGM = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+SGM_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def renamed(name, names):
+    """Replaces whole words of a dotted name."""
+    for ours, theirs in names.items():
+        name = re.sub(rf"\b{re.escape(ours)}\b", theirs, name)
+    return name
+
+
+def sgm_name(name, config):
+    """Names a layer of a UNet, or a weight of one, as the first publications did, by the UNet's config."""
+    found = re.match(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(\w+)\.(\d+)\.(.+)", name)
+    if not found:
+        return renamed(name, SGM)
+    # They number all layers of the way down in one row, and all of the way up.
+    direction, level, kind, i, rest = found.groups()
+    part = int(kind == "attentions")
+    if kind == "resnets":
+        rest = renamed(rest, SGM_RESNET)
+    if direction == "mid":
+        return f"middle_block.{2 * int(i) + part}.{rest}"
+    stride = config.layers_per_block + 1
+    first = int(level) * stride
+    if kind == "downsamplers":
+        return f"input_blocks.{first + stride}.0.{rest.replace('conv', 'op')}"
+    if kind == "upsamplers":
+        part = 1 + ("Attn" in config.up_block_types[int(level)])  # the last of its layer
+        return f"output_blocks.{first + stride - 1}.{part}.{rest}"
+    if direction == "down":
+        return f"input_blocks.{first + int(i) + 1}.{part}.{rest}"  # behind conv_in
+    return f"output_blocks.{first + int(i)}.{part}.{rest}"
+
+
+def kohya_tensors(models, adapter):
+    """Returns an adapter's weights under the names of kohya's scripts; models are a pipeline's, by part.
+
+    Each layer has two matrices, an alpha, which divided by the rank is the factor of their product, and with DoRA a
+    dora_scale of shape (out, 1) or (out, 1, 1, 1), as LyCORIS has it.
+    """
+    tensors, config = {}, models["unet"].config
+    xl = config.addition_embed_type is not None
+    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if xl else "lora_te", "text_encoder_2": "lora_te2"}
+    for part, model in models.items():
+        for name, layer in model.named_modules():
+            if not isinstance(layer, LoraLayer) or adapter not in layer.lora_A:
+                continue
+            if part != "unet":  # as before transformers 5.6
+                name = f"text_model.{name.removeprefix('text_model.')}"
+            elif xl:
+                name = sgm_name(name, config)
+            name = f"{prefixes[part]}_{name.replace('.', '_')}"
+            down, up = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
+            tensors[f"{name}.lora_down.weight"] = down.contiguous()
+            tensors[f"{name}.lora_up.weight"] = up.contiguous()
+            tensors[f"{name}.alpha"] = torch.tensor(float(layer.scaling[adapter] * layer.r[adapter]))
+            if layer.use_dora[adapter]:
+                magnitude = layer.lora_magnitude_vector[adapter].weight.detach()
+                tensors[f"{name}.dora_scale"] = magnitude.reshape(-1, *[1] * (down.ndim - 1)).contiguous()
+    return tensors
+
+
+def kohya_family(pipeline):
+    """Returns what kohya's scripts call a pipeline's family, and what the modelspec calls it."""
+    if pipeline.unet.config.addition_embed_type:
+        return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
+    if pipeline.unet.config.cross_attention_dim == 1024:
+        v_prediction = pipeline.scheduler.config.prediction_type == "v_prediction"
+        return "sd_v2", "stable-diffusion-v2-768-v" if v_prediction else "stable-diffusion-v2-512"
+    return "sd_v1", "stable-diffusion-v1"
+
+
+def modelspec(pipeline, title, resolution, adapter=""):
+    """Returns what the modelspec (1.0.1) asks of a file: its five MUST fields, and what the model predicts."""
+    kind = kohya_family(pipeline)[1]
+    own_names = adapter and "xl" not in kind  # such adapters have the layers' names of diffusers
+    fields = {
+        "sai_model_spec": "1.0.1",
+        "architecture": kind + adapter,
+        "implementation": "diffusers" if own_names else "https://github.com/Stability-AI/generative-models",
+        "title": title,
+        "resolution": f"{resolution}x{resolution}",
+        "prediction_type": pipeline.scheduler.config.prediction_type.removesuffix("_prediction"),
+    }
+    return {f"modelspec.{name}": value for name, value in fields.items()}
+
+
+# === End of kohya's format ===
+
+# === Results: the same in generate.py and export.py ===
+#
+# It asks nothing of the text above. It offers: kind_of, run_flags, open_model.
+
+
+KINDS = {  # what a folder holds, by the first of these names that is in it
+    "model_index.json": "pipeline",
+    "pytorch_lora_weights.safetensors": "adapters",
+    "learned_embeds.safetensors": "word",
+    "unet": "checkpoint",
+    "config.json": "part",
+}
+# As the training scripts open a base: without what blackens or marks pictures.
+BARE = {
+    "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
+    "StableDiffusionXLPipeline": {"add_watermarker": False},
+}
+
+
+def kind_of(model):
+    """Tells what a folder, a file or a Hub id holds: one of KINDS, or "file", a whole model."""
+    path = Path(model)
+    if path.is_file():
+        with safe_open(path, "pt") as file:
+            keys = [*file.keys()]
+        if any("lora" in key for key in keys):
+            return "adapters"
+        return "word" if len(keys) < 3 else "file"
+    try:
+        names = os.listdir(path) if path.is_dir() else [name.split("/")[0] for name in HfApi().list_repo_files(model)]
+    except Exception:  # without a network, the cache may have it
+        return "pipeline"
+    for name, kind in KINDS.items():
+        if name in names:
+            return kind
+    raise ValueError(f"it holds none of {', '.join(KINDS)}")
+
+
+def run_flags(model):
+    """Returns the flags of the run that left a model: from its train_args.yaml, or of the base only, from its card."""
+    path = Path(model)
+    folders = (path, *path.absolute().parents[:2]) if path.exists() else ()  # a checkpoint's unet stands deeper
+    for folder in folders:
+        if (folder / "train_args.yaml").is_file():
+            return yaml.safe_load((folder / "train_args.yaml").read_text())
+    try:
+        card = ModelCard.load(path / "README.md" if path.is_dir() else model)
+    except Exception:  # there is none
+        return {}
+    return {"pretrained_model_name_or_path": card.data.get("base_model")}
+
+
+def set_schedule(pipeline, prediction_type, noise_alone):
+    """Has a pipeline sample as its UNet was trained: what it predicts, and whether its noise ends in noise alone."""
+    sampler, changes = type(pipeline.scheduler), {}
+    if prediction_type:
+        changes["prediction_type"] = prediction_type
+    if prediction_type == "sample":  # not all samplers, such as SD 1.x's, can do that
+        sampler, changes["clip_sample"] = diffusers.DDIMScheduler, False
+    if noise_alone:
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        able = "rescale_betas_zero_snr" in inspect.signature(sampler).parameters
+        sampler = sampler if able else diffusers.EulerDiscreteScheduler
+    pipeline.scheduler = sampler.from_config(pipeline.scheduler.config, **changes)
+
+
+def open_file(model, config):
+    """Opens a whole model of one file; config is the folder or Hub id of one of its kind."""
+    with safe_open(model, "pt") as file:
+        keys = {*file.keys()}
+    xl = any(key.startswith("conditioner.") for key in keys)
+    name = "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
+    pipeline = getattr(diffusers, name).from_single_file(model, config=config, **BARE[name])
+    set_schedule(pipeline, "v_prediction" if "v_pred" in keys else None, "ztsnr" in keys)
+    return pipeline
+
+
+def open_whole(model, flags):
+    """Opens a whole model: a single file, or a folder or Hub id, also one that has files in half precision alone."""
+    if model.endswith(".safetensors"):
+        return open_file(model, flags.get("single_file_config"))
+    chosen = {"revision": flags["revision"]} if flags.get("revision") else {}
+    name = diffusers.DiffusionPipeline.load_config(model, **chosen)["_class_name"]
+    chosen |= BARE.get(name, {})
+    try:
+        return diffusers.DiffusionPipeline.from_pretrained(model, variant=flags.get("variant"), **chosen)
+    except OSError:
+        return diffusers.DiffusionPipeline.from_pretrained(model, variant="fp16", **chosen)
+
+
+def open_base(base, flags):
+    """Opens what adapters, a word or a UNet go on: base, or else what the run's flags name, with its VAE and noise."""
+    named = base or flags.get("pretrained_model_name_or_path")
+    if not named:
+        raise ValueError("nothing says what it goes on: give --base")
+    try:
+        pipeline = open_whole(named, {} if base else flags)
+    except Exception as error:
+        raise ValueError(f"it goes on {named}, which does not load (--base names another): {error}")
+    if flags.get("pretrained_vae_model_name_or_path"):
+        pipeline.vae = diffusers.AutoencoderKL.from_pretrained(flags["pretrained_vae_model_name_or_path"])
+    if flags.get("prediction_type") or flags.get("rescale_betas_zero_snr"):
+        set_schedule(pipeline, flags.get("prediction_type"), flags.get("rescale_betas_zero_snr"))
+    return pipeline
+
+
+def open_pixels(unet, base, flags):
+    """Opens a UNet of pixels with the noise schedule of its run."""
+    base, scheduler = base or flags.get("pretrained_model_name_or_path"), diffusers.DDPMScheduler()
+    if base:
+        scheduler = diffusers.DDPMScheduler.from_pretrained(base, subfolder="scheduler")
+    names = {"num_train_timesteps": "ddpm_num_steps", "beta_schedule": "ddpm_beta_schedule"}
+    names["prediction_type"] = "prediction_type"
+    changes = {name: flags[flag] for name, flag in names.items() if flags.get(flag) is not None}
+    scheduler = diffusers.DDPMScheduler.from_config(scheduler.config, **changes)
+    return diffusers.DDPMPipeline(unet=diffusers.UNet2DModel.from_pretrained(unet), scheduler=scheduler)
+
+
+def class_of(model):
+    """Returns the name of a model's class."""
+    return diffusers.UNet2DModel.load_config(model)["_class_name"]
+
+
+def add_word(pipeline, model):
+    """Gives a pipeline a new word: from a folder to each of its text encoders, from a file to the one that it fits."""
+    encoders = [(pipeline.text_encoder, pipeline.tokenizer)]
+    if hasattr(pipeline, "text_encoder_2"):
+        encoders.append((pipeline.text_encoder_2, pipeline.tokenizer_2))
+    files = [model] if Path(model).is_file() else ["learned_embeds.safetensors", "learned_embeds_2.safetensors"]
+    if Path(model).is_file():
+        with safe_open(model, "pt") as file:
+            width = file.get_slice(next(iter(file.keys()))).get_shape()[-1]
+        encoders = [pair for pair in encoders if pair[0].config.hidden_size == width][:1]
+    if not encoders:
+        raise ValueError(f"the vectors of {model} fit no text encoder")
+    for file, (encoder, tokenizer) in zip(files, encoders):
+        pipeline.load_textual_inversion(model, weight_name=Path(file).name, text_encoder=encoder, tokenizer=tokenizer)
+
+
+def add_part(pipeline, model, kind, adapters):
+    """Puts a part onto a pipeline, and returns that: adapters, a word, or models in the place of the pipeline's."""
+    if kind == "adapters":
+        adapters.append(f"adapters_{len(adapters)}")
+        pipeline.load_lora_weights(model, adapter_name=adapters[-1])
+    elif kind == "word":
+        add_word(pipeline, model)
+    elif kind == "checkpoint":  # of a run that trains whole models
+        for name in {"unet", "text_encoder", "text_encoder_2"} & {*os.listdir(model)}:
+            setattr(pipeline, name, type(getattr(pipeline, name)).from_pretrained(Path(model, name)))
+    elif kind == "part" and class_of(model) == "ControlNetModel":
+        controlnet = diffusers.ControlNetModel.from_pretrained(model)
+        return diffusers.AutoPipelineForText2Image.from_pipe(pipeline, controlnet=controlnet)
+    elif kind == "part":
+        pipeline.unet = type(pipeline.unet).from_pretrained(model)
+    else:
+        raise ValueError(f"{model} is a whole model, and only the first one may be")
+    return pipeline
+
+
+def open_model(models, base, scales):
+    """Opens a model, or what it goes on, with the parts that go onto that; adapters at their scales, one or one each.
+
+    Returns the pipeline and the scale of each adapter by name, "adapters_0" and on. What is wrong is a ValueError, or
+    whatever diffusers raises.
+    """
+    kinds, adapters = [kind_of(model) for model in models], []
+    flags, parts = run_flags(models[0]), list(zip(models, kinds))
+    unet = models[0] if kinds[0] == "part" else Path(models[0], "unet")
+    if kinds[0] in ("pipeline", "file"):
+        pipeline = open_whole(models[0], {"single_file_config": base})
+        parts = parts[1:]
+    elif kinds[0] in ("part", "checkpoint") and class_of(unet) == "UNet2DModel":
+        pipeline = open_pixels(unet, base, flags)
+        parts = parts[1:]
+    else:
+        pipeline = open_base(base, flags)
+    for model, kind in parts:
+        pipeline = add_part(pipeline, model, kind, adapters)
+    scales = scales * len(adapters) if len(scales) == 1 else scales
+    if adapters and len(scales) != len(adapters):
+        raise ValueError(f"--lora_scale has {len(scales)} numbers, and there are {len(adapters)} adapters")
+    if adapters:
+        pipeline.set_adapters(adapters, scales)
+    return pipeline, dict(zip(adapters, scales))
+
+
+# === End of results ===
+
+
+if __name__ == "__main__":
+    main(args)

@@ -1,0 +1,349 @@
+"""evaluate.py: the formulas by hand, the intervals by simulation, pairs, kept features, ranks, refusals."""
+
+import csv
+import json
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, finish, run
+from PIL import Image
+from safetensors.torch import load_file
+
+import evaluate
+
+
+CLIP = ROOT / "demo" / "clip"
+COLORS = {"red": (220, 30, 35), "green": (40, 160, 65), "blue": (40, 80, 220), "yellow": (250, 220, 40)}
+
+
+def save_squares(folder, count, colors=tuple(COLORS), seed=0, **told):
+    """Saves pictures of squares, each with its caption in metadata.jsonl; told are further columns."""
+    folder.mkdir(parents=True)
+    rng, rows = np.random.default_rng(seed), []
+    for i in range(count):
+        front, back = rng.choice([*colors], 2, replace=False)
+        picture = Image.new("RGB", (64, 64), COLORS[back])
+        left, top = (int(number) for number in rng.integers(10, 20, 2))
+        picture.paste(COLORS[front], (left, top, left + 32, top + 32))
+        picture.save(folder / f"{i:03d}.png")
+        caption = f"a {front} square on a {back} background"
+        rows.append({"file_name": f"{i:03d}.png", "text": caption, "seed": i} | told)
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def measure(tmp_path, monkeypatch):
+    """measure(*flags) measures with the demo's CLIP, and returns metrics.json."""
+    monkeypatch.chdir(tmp_path)
+
+    def flags_to_metrics(*flags):
+        run(evaluate, "--clip_model", CLIP, "--encoding_cache_dir", tmp_path / "cache", *flags)
+        return json.loads((tmp_path / "evaluated" / "metrics.json").read_text())
+
+    return flags_to_metrics
+
+
+def features(n, d, seed=0):
+    """Random features."""
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=(n, d)))
+
+
+# The formulas.
+
+
+def test_clip_score_by_hand():
+    """100 times the cosine, and 0 for what points away."""
+    images, captions = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[8.0, 6.0], [-2.0, 1.0]])
+    assert evaluate.clip_score(images, captions).tolist() == [pytest.approx(96), 0]
+
+
+def test_clip_directional_by_hand():
+    """The cosine between the two changes, on unit vectors."""
+    before, after = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 5.0]])
+    assert evaluate.clip_directional(after, after, before, before).item() == pytest.approx(1)
+    assert evaluate.clip_directional(after, before, before, after).item() == pytest.approx(-1)
+    told = torch.tensor([[0.0, 1.0]]), torch.tensor([[-1.0, 0.0]])  # (-1, 1) of pictures, (1, 1) of captions
+    assert evaluate.clip_directional(after, told[0], before, told[1]).item() == pytest.approx(0, abs=1e-7)
+
+
+def test_clip_i_by_hand():
+    """The mean over all pairs."""
+    images, references = features(3, 4), features(5, 4, 1)
+    pairs = torch.nn.functional.cosine_similarity(images[:, None], references[None], dim=2)
+    torch.testing.assert_close(evaluate.clip_i(images, references), pairs.mean(1))
+
+
+def test_frechet_by_hand():
+    """Equal sets 0, a shifted set the squared shift, else the formula with the root of a matrix."""
+    x, y = features(50, 4), features(60, 4, 1) @ torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0]).double()) + 0.5
+    shift = torch.tensor([1.0, -2.0, 0.5, 0.0]).double()
+    assert evaluate.frechet(x, x).item() == pytest.approx(0, abs=1e-9)
+    assert evaluate.frechet(x, x + shift).item() == pytest.approx(5.25)
+    values, vectors = np.linalg.eig(np.cov(x.T) @ np.cov(y.T))
+    root = vectors @ np.diag(np.sqrt(values)) @ np.linalg.inv(vectors)
+    means = ((x.mean(0) - y.mean(0)) ** 2).sum().item()
+    wanted = means + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * root)
+    assert evaluate.frechet(x, y).item() == pytest.approx(wanted)
+
+
+def test_kid_by_hand():
+    """The sums over all pairs but those of a picture with itself; its mean over sets of one law is 0."""
+    x, y = features(7, 3).numpy(), features(5, 3, 1).numpy()
+    pairs = [[((a @ b) / 3 + 1) ** 3 for b in y] for a in x]
+    own = [[((a @ b) / 3 + 1) ** 3 for j, b in enumerate(z) for i, a in enumerate(z) if i != j] for z in (x, y)]
+    wanted = np.mean(own[0]) + np.mean(own[1]) - 2 * np.mean(pairs)
+    assert evaluate.kid(torch.from_numpy(x), torch.from_numpy(y)).item() == pytest.approx(wanted)
+    values = [evaluate.kid(features(10, 3, seed), features(10, 3, seed + 1000)).item() for seed in range(300)]
+    assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(300)
+
+
+def test_kernels_in_parts():
+    """More rows than are taken at once give the same mean."""
+    x = features(5000, 2)
+
+    def kernel(a, b):
+        return a @ b.T
+
+    assert evaluate.mean_kernel(kernel, x, x, False).item() == pytest.approx((x.mean(0) ** 2).sum().item())
+    wanted = (x.sum(0).square().sum() - x.square().sum()) / (5000 * 4999)
+    assert evaluate.mean_kernel(kernel, x, x, True).item() == pytest.approx(wanted.item())
+
+
+def test_cmmd_by_hand():
+    """1000 times the squared distance of the means in the space of a Gaussian kernel, of unit vectors."""
+    x, y = features(6, 3), features(4, 3, 1)
+    assert evaluate.cmmd(x, 7 * x).item() == pytest.approx(0, abs=1e-9)
+
+    def mean(a, b):
+        a, b = (z.numpy() / np.linalg.norm(z.numpy(), axis=1, keepdims=True) for z in (a, b))
+        return np.mean([np.exp(-np.sum((p - q) ** 2) / (2 * 10**2)) for p in a for q in b])
+
+    assert evaluate.cmmd(x, y).item() == pytest.approx(1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y)))
+
+
+# The intervals.
+
+
+def test_quantiles():
+    """Those of the tables."""
+    for freedom, wanted in ((4, 2.776), (9, 2.262), (19, 2.093), (10**6, 1.960)):
+        assert evaluate.quantile(freedom) == pytest.approx(wanted, rel=0.005)
+
+
+def test_the_interval_of_a_mean_is_students():
+    """Up to 20 pictures; above, it is nearly so."""
+    x = features(12, 1)[:, 0]
+    found = evaluate.interval(lambda rows: x[rows].mean(), 12)
+    reach = evaluate.quantile(11) * x.std().item() / np.sqrt(12)
+    assert found["value"] == pytest.approx(x.mean().item())
+    assert found["high"] - found["value"] == pytest.approx(reach) == found["value"] - found["low"]
+
+
+@pytest.mark.parametrize("count", [8, 50])
+def test_paired_intervals_cover(count):
+    """19 of 20 hold the true difference, and they are short: what both pictures of a pair share cancels."""
+    hits, reaches = 0, []
+    for seed in range(1000):
+        rng = np.random.default_rng(seed)
+        shared, noise = rng.normal(scale=5, size=count), rng.exponential(size=(2, count))
+        a, b = (torch.from_numpy(shared + part) for part in noise)
+        found = evaluate.interval(lambda rows, a=a, b=b: b[rows].mean() + 0.3 - a[rows].mean(), count)
+        hits += found["low"] <= 0.3 <= found["high"]
+        reaches.append(found["high"] - found["value"])
+    assert 930 <= hits <= 972
+    assert np.mean(reaches) < 1.3 * evaluate.quantile(min(count, 20) - 1) * np.sqrt(2 / count)
+
+
+def test_intervals_of_two_sets_cover():
+    """Of a distance to --reference, both sets move it."""
+    hits = 0
+    for seed in range(400):
+        x, y = features(60, 2, seed), features(60, 2, seed + 1000) + 1
+
+        def distance(i, j, x=x, y=y):
+            return ((x[i].mean(0) - y[j].mean(0)) ** 2).sum() - 2 * 2 / 60
+
+        found = evaluate.interval(distance, 60, 60)
+        hits += found["low"] <= 2 <= found["high"]
+    assert 368 <= hits <= 392
+
+
+# The pictures.
+
+
+def test_what_it_says(measure, tmp_path, capsys):
+    """Figures with intervals, a row for each picture, the best and the worst; and a rotated caption list is worse."""
+    right = save_squares(tmp_path / "right", 20)
+    told = measure("--images", right)
+    score = told["metrics"]["clip_score"]["images"]
+    assert told["clip_model"] == str(CLIP) and told["images"] == {"folder": str(right), "pictures": 20}
+    with open(tmp_path / "evaluated" / "pictures.csv") as file:
+        rows = [*csv.DictReader(file)]
+    values = [float(row["clip_score"]) for row in rows]
+    assert score["value"] == pytest.approx(np.mean(values)) and score["low"] < score["value"] < score["high"]
+    assert rows[3]["file"] == str(right / "003.png") and rows[3]["folder"] == "images"
+    text = capsys.readouterr().out
+    assert f"{CLIP}; 20 images" in text and re.search(r"clip_score +[\d.]+ \([\d.]+ to [\d.]+\)", text)
+    sheet = np.asarray(Image.open(tmp_path / "evaluated" / "best_and_worst.png"))
+    assert sheet.shape == (2 * 128, 10 * 128, 3)
+    best = Image.open(rows[int(np.argmax(values))]["file"]).resize((128, 128), Image.Resampling.BICUBIC)
+    assert (sheet[:128, :128] == np.asarray(best)).all()
+    wrong = shutil.copytree(right, tmp_path / "wrong")
+    lines = [json.loads(line) for line in (right / "metadata.jsonl").read_text().splitlines()]
+    captions = [row["text"] for row in lines]
+    rotated = [row | {"text": text} for row, text in zip(lines, captions[1:] + captions[:1])]
+    (wrong / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rotated))
+    worse = measure("--images", wrong)["metrics"]["clip_score"]["images"]
+    assert worse["high"] < score["low"]
+
+
+def test_captions_in_other_places(measure, tmp_path):
+    """A metadata.csv, another column, or .txt files."""
+    first = save_squares(tmp_path / "jsonl", 4)
+    wanted = measure("--images", first)["metrics"]
+    rows = [json.loads(line) for line in (first / "metadata.jsonl").read_text().splitlines()]
+    for name in ("csv", "txt"):
+        shutil.copytree(first, tmp_path / name)
+        (tmp_path / name / "metadata.jsonl").unlink()
+    with open(tmp_path / "csv" / "metadata.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["file_name", "caption"], *[[row["file_name"], row["text"]] for row in rows]])
+    for row in rows:
+        (tmp_path / "txt" / row["file_name"]).with_suffix(".txt").write_text(row["text"] + "\n")
+    assert measure("--images", tmp_path / "csv", "--caption_column", "caption")["metrics"] == wanted
+    assert measure("--images", tmp_path / "txt")["metrics"] == wanted
+
+
+def test_pairs(measure, tmp_path, capsys):
+    """Two folders of the same prompts and seeds: the interval of the difference, and a sentence."""
+    first = save_squares(tmp_path / "first", 12)
+    same = shutil.copytree(first, tmp_path / "same")
+    told = measure("--images", first, "--compare", same)["metrics"]["clip_score"]
+    assert told["difference"] == {"value": 0, "low": 0, "high": 0} and told["images"] == told["compare"]
+    assert "clip_score: no difference is shown" in capsys.readouterr().out
+    for file in same.glob("*.png"):
+        Image.new("RGB", (64, 64), "white").save(file)
+    told = measure("--images", first, "--compare", same)["metrics"]["clip_score"]
+    assert told["difference"]["high"] < 0
+    assert told["difference"]["value"] == pytest.approx(told["compare"]["value"] - told["images"]["value"])
+    assert re.search(r"clip_score: --compare is lower by -[\d.]+ \(.*\): a difference", capsys.readouterr().out)
+    with open(tmp_path / "evaluated" / "pictures.csv") as file:
+        assert [row["folder"] for row in csv.DictReader(file)] == ["images"] * 12 + ["compare"] * 12
+
+
+def test_sets(measure, tmp_path):
+    """Distances to a reference: none from itself, more from other pictures; and a subject is told from others."""
+    kinds = {"red": (("red", "blue"), 1), "same": (("red", "blue"), 2), "other": (("green", "yellow"), 3)}
+    folders = {name: save_squares(tmp_path / name, 40, colors, seed) for name, (colors, seed) in kinds.items()}
+    metrics = ("--metrics", "kid", "cmmd", "frechet", "clip_i")
+    found = {}
+    for name, folder in folders.items():
+        told = measure("--images", folder, "--reference", folders["red"], *metrics)["metrics"]
+        found[name] = {metric: told[metric]["images"]["value"] for metric in told}
+    for metric in ("kid", "cmmd", "frechet"):
+        assert found["red"][metric] < found["same"][metric] + 1e-9 < found["other"][metric]
+        assert found["same"][metric] < 0.2 * found["other"][metric]
+    assert found["red"]["cmmd"] == pytest.approx(0, abs=1e-6) == found["red"]["frechet"]
+    assert found["red"]["clip_i"] > found["other"]["clip_i"] + 0.1
+
+
+def test_edits(measure, tmp_path):
+    """The change of pictures goes the way of the change of captions, and not the other way."""
+    before, after = save_squares(tmp_path / "before", 10, seed=1), save_squares(tmp_path / "after", 10, seed=2)
+    flags = ("--images", after, "--originals", before, "--metrics", "clip_directional")
+    assert measure(*flags)["metrics"]["clip_directional"]["images"]["low"] > 0.2
+    shutil.copy(before / "metadata.jsonl", tmp_path / "kept")
+    shutil.copy(after / "metadata.jsonl", before)
+    shutil.copy(tmp_path / "kept", after / "metadata.jsonl")
+    assert measure(*flags)["metrics"]["clip_directional"]["images"]["high"] < -0.2
+
+
+def test_features_are_kept(measure, tmp_path, monkeypatch):
+    """By picture and model: a second time nothing is encoded, and after a change that picture alone."""
+    folder = save_squares(tmp_path / "some", 6)
+    save_squares(tmp_path / "reference", 20)
+    flags = ("--images", folder, "--reference", folder, "--metrics", "clip_i")
+    wanted, opened = measure(*flags)["metrics"], []
+    original = evaluate.open_picture
+    monkeypatch.setattr(evaluate, "open_picture", lambda file: (opened.append(file.name), original(file))[1])
+    sheet = 2 * 6  # of the best and the worst
+    assert measure(*flags)["metrics"] == wanted and len(opened) == sheet
+    shutil.copy(folder / "001.png", folder / "002.png")
+    measure(*flags)
+    assert len(opened) == 2 * sheet  # its bytes were known
+    Image.new("RGB", (64, 64)).save(folder / "003.png")
+    changed = measure(*flags)["metrics"]
+    assert opened[2 * sheet] == "003.png" and len(opened) == 3 * sheet + 1 and changed != wanted
+    (kept,) = (tmp_path / "cache" / "features").iterdir()
+    assert len(load_file(kept)) == 5
+
+
+def test_batches_and_alpha(measure, tmp_path):
+    """Batch-mates change no more than last bits; pictures are seen upright and on white, as training sees them."""
+    folder = save_squares(tmp_path / "some", 5)
+    values = []
+    for size in (1, 5):
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        values.append(measure("--images", folder, "--batch_size", size)["metrics"]["clip_score"]["images"]["value"])
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    turned = Image.new("RGBA", (40, 20), (255, 0, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    seen = evaluate.open_picture(tmp_path / "turned.png")
+    assert seen.size == (20, 40) and seen.getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.launch
+def test_two_processes(measure, start, tmp_path):
+    """Ranks share the pictures, and say the same."""
+    folder = save_squares(tmp_path / "some", 7)
+    wanted = measure("--images", folder)["metrics"]["clip_score"]["images"]
+    words = ("--clip_model", CLIP, "--encoding_cache_dir", tmp_path / "other", "--images", folder)
+    words += ("--output_dir", tmp_path / "of-two")
+    finish(lambda *given, **how: start(*given, script="evaluate", **how), words, 2)
+    told = json.loads((tmp_path / "of-two" / "metrics.json").read_text())["metrics"]["clip_score"]["images"]
+    assert told == {name: pytest.approx(value, rel=1e-5) for name, value in wanted.items()}
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--images nowhere", "--images nowhere is not a folder"),
+        ("--images empty", "--images empty holds 0 pictures"),
+        ("--images some --metrics clip_i", "--metrics clip_i needs --reference"),
+        ("--images some --metrics clip_directional", "--metrics clip_directional needs --originals"),
+        ("--images some --reference some", "none of --metrics clip_score takes --reference"),
+        ("--images bare", "--metrics clip_score takes captions, and .*bare/000.png has none"),
+        ("--images some --compare few", "--compare has no picture 002"),
+        ("--images some --compare seeds", "has another prompt or seed than"),
+        ("--images torn", "The metadata of torn cannot be read: KeyError"),
+        ("--images some --metrics fid --reference some", "pip install torch-fidelity, or take kid"),
+        (
+            "--images some --metrics kid --reference some",
+            "--metrics kid takes 20 pictures or more, and .* has 4: give",
+        ),
+        ("--images twenty --metrics frechet --reference twenty", "--metrics frechet takes 33 .* or take kid"),
+        ("--images broken", "broken/001.png does not open as a picture"),
+        ("--images some --clip_model some", "--clip_model some cannot be loaded as a CLIP"),
+        ("--images some --metrics psnr", "invalid choice: 'psnr'"),
+    ],
+)
+def test_refused(measure, tmp_path, capsys, flags, said):
+    """A sentence that names the flag or the file, and nothing is written."""
+    (tmp_path / "empty").mkdir()
+    for name, count in (("some", 4), ("few", 2), ("twenty", 20), ("bare", 4), ("torn", 4), ("broken", 4)):
+        save_squares(tmp_path / name, count)
+    save_squares(tmp_path / "seeds", 4, text="a red square")
+    (tmp_path / "bare" / "metadata.jsonl").unlink()
+    (tmp_path / "torn" / "metadata.jsonl").write_text('{"file": "000.png"}\n')
+    (tmp_path / "broken" / "001.png").write_bytes(b"torn")
+    with pytest.raises(SystemExit) as end:
+        measure(*flags.split())
+    assert re.search(said, f"{end.value} {capsys.readouterr().err}")
+    assert not os.path.exists("evaluated")
