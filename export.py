@@ -507,7 +507,10 @@ def add_word(pipeline, model):
     files = [model] if Path(model).is_file() else ["learned_embeds.safetensors", "learned_embeds_2.safetensors"]
     if Path(model).is_file():
         with safe_open(model, "pt") as file:
-            width = file.get_slice(next(iter(file.keys()))).get_shape()[-1]
+            words = [*file.keys()]
+            width = file.get_slice(words[0]).get_shape()[-1]
+        if len(words) > 1:
+            raise ValueError(f"{model} is for other programs: give its folder")
         encoders = [pair for pair in encoders if pair[0].config.hidden_size == width][:1]
     if not encoders:
         raise ValueError(f"the vectors of {model} fit no text encoder")

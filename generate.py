@@ -127,6 +127,9 @@ def make_jobs(args, rows):
         settings = {name: row.get(name, getattr(args, name)) for name in ("negative_prompt", "image", *NUMBERS)}
         if settings["image"] and not Path(settings["image"]).is_file():
             raise SystemExit(f"There is no picture {settings['image']}.")
+        for name in ("num_inference_steps", "height", "width"):
+            if settings[name] is not None and settings[name] < 1:
+                raise SystemExit(f"{name} has to be 1 or more, not {settings[name]}.")
         for copy in range(args.num_images_per_prompt):
             job = {"file_name": f"{place:05d}-{copy}.png", "prompt": row["prompt"], **settings}
             job["number"] = numbers[job["prompt"], job["seed"]]
@@ -217,7 +220,10 @@ def draw(pipeline, jobs):
     if unknown := given.keys() - known.keys():
         raise SystemExit(f"A {type(pipeline).__name__} takes no {' and no '.join(sorted(unknown))}.")
     generators = [torch.Generator().manual_seed(noise_seed(job)) for job in jobs]
-    images = pipeline(**given, generator=generators, output_type="np").images
+    try:
+        images = pipeline(**given, generator=generators, output_type="np").images
+    except ValueError as error:  # such as a size that the model cannot draw
+        raise SystemExit(f"{first['file_name']} cannot be drawn: {error}")
     if not np.isfinite(images).all():
         raise SystemExit("The pictures are not finite, as half precision overflows: give --dtype fp32 or bf16.")
     return pipeline.numpy_to_pil(images)
@@ -489,7 +495,10 @@ def add_word(pipeline, model):
     files = [model] if Path(model).is_file() else ["learned_embeds.safetensors", "learned_embeds_2.safetensors"]
     if Path(model).is_file():
         with safe_open(model, "pt") as file:
-            width = file.get_slice(next(iter(file.keys()))).get_shape()[-1]
+            words = [*file.keys()]
+            width = file.get_slice(words[0]).get_shape()[-1]
+        if len(words) > 1:
+            raise ValueError(f"{model} is for other programs: give its folder")
         encoders = [pair for pair in encoders if pair[0].config.hidden_size == width][:1]
     if not encoders:
         raise ValueError(f"the vectors of {model} fit no text encoder")

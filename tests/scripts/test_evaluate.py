@@ -12,6 +12,7 @@ import torch
 from helpers import ROOT, finish, run
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import CLIPModel, CLIPTokenizer
 
 import evaluate
 
@@ -261,6 +262,24 @@ def test_edits(measure, tmp_path):
     shutil.copy(after / "metadata.jsonl", before)
     shutil.copy(tmp_path / "kept", after / "metadata.jsonl")
     assert measure(*flags)["metrics"]["clip_directional"]["images"]["high"] < -0.2
+
+
+def test_features_are_clips(measure, tmp_path):
+    """A score is that of CLIP on the picture's bytes and the caption, computed by hand."""
+    folder = save_squares(tmp_path / "some", 3)
+    measure("--images", folder)
+    with open(tmp_path / "evaluated" / "pictures.csv") as file:
+        found = [float(row["clip_score"]) for row in csv.DictReader(file)]
+    model, tokenizer = CLIPModel.from_pretrained(CLIP), CLIPTokenizer.from_pretrained(CLIP)
+    settings = json.loads((CLIP / "preprocessor_config.json").read_text())
+    mean, std = (torch.tensor(settings[name])[:, None, None] for name in ("image_mean", "image_std"))
+    for i, row in enumerate(map(json.loads, (folder / "metadata.jsonl").read_text().splitlines())):
+        pixels = torch.from_numpy(np.array(Image.open(folder / row["file_name"]))).permute(2, 0, 1) / 255
+        words = tokenizer(row["text"], return_tensors="pt")
+        with torch.no_grad():
+            out = model(pixel_values=((pixels - mean) / std)[None], **words)
+        cosine = torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds).item()
+        assert found[i] == pytest.approx(max(100 * cosine, 0), abs=1e-3)
 
 
 def test_features_are_kept(measure, tmp_path, monkeypatch):

@@ -11,9 +11,18 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from diffusers import DDPMPipeline, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    ControlNetModel,
+    DDPMPipeline,
+    DiffusionPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from helpers import WORD, files_in, finish, flags_of, run, start_ranks, state_of, write_config
 from PIL import Image
+from safetensors.torch import save_file
 from single_file import save_single_file
 
 import generate
@@ -204,6 +213,63 @@ def test_a_word(draw, results, tiny_model):
     assert (pixels(drawn / "pictures")["00000-0.png"] == by_hand(pipeline, f"a {WORD}")).all()
 
 
+def test_a_word_of_one_file(draw, results, tiny_model, tiny_sdxl_model, tmp_path):
+    """It goes to the text encoder that it fits; what is for other programs is refused."""
+    wanted = files_in(draw("folder", "--prompt", f"a {WORD}", model=results / "word") / "pictures")
+    file = results / "word" / "learned_embeds.safetensors"
+    assert files_in(draw("file", "--prompt", f"a {WORD}", model=file) / "pictures") == wanted
+    pipeline = DiffusionPipeline.from_pretrained(tiny_sdxl_model)
+    width = pipeline.text_encoder_2.config.hidden_size
+    save_file({WORD: torch.ones(2, width)}, tmp_path / "second.safetensors")
+    generate.add_word(pipeline, str(tmp_path / "second.safetensors"))
+    if width != pipeline.text_encoder.config.hidden_size:
+        assert WORD in pipeline.tokenizer_2.get_vocab() and WORD not in pipeline.tokenizer.get_vocab()
+    save_file({"clip_l": torch.ones(2, 8), "clip_g": torch.ones(2, width)}, tmp_path / "both.safetensors")
+    with pytest.raises(ValueError, match="is for other programs: give its folder"):
+        generate.add_word(pipeline, str(tmp_path / "both.safetensors"))
+    save_file({WORD: torch.ones(2, 7)}, tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match="fit no text encoder"):
+        generate.add_word(pipeline, str(tmp_path / "none.safetensors"))
+
+
+def test_a_controlnet(draw, tiny_model, tmp_path):
+    """It goes on its base, and draws from --image, or from each row's own, also of unlike sizes."""
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
+    controlnet = ControlNetModel.from_unet(pipeline.unet, conditioning_embedding_out_channels=(16, 32))
+    for layer in controlnet.controlnet_down_blocks:
+        torch.nn.init.ones_(layer.weight)
+    controlnet.save_pretrained(tmp_path / "net")
+    for side, name in ((32, "small"), (48, "large")):
+        Image.effect_noise((side, side), 80).convert("RGB").save(tmp_path / f"{name}.png")
+    rows = [{"prompt": "a red circle", "image": str(tmp_path / f"{name}.png")} for name in ("small", "large")]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--base", tiny_model, "--prompts", tmp_path / "p.jsonl", "--batch_size", 2)
+    drawn = pixels(draw("out", *flags, model=tmp_path / "net") / "pictures")
+    whole = StableDiffusionControlNetPipeline(**pipeline.components, controlnet=controlnet)
+    for number, (name, row) in enumerate(zip(drawn, rows)):
+        wanted = by_hand(whole, "a red circle", number, image=Image.open(row["image"]))
+        assert (drawn[name] == wanted).all() and (wanted != by_hand(pipeline, "a red circle", number)).any()
+
+
+def test_a_model_of_edits(draw, tiny_model, tmp_path):
+    """A pipeline with 8 channels takes --image, and keeps its size."""
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
+    pipeline.unet = UNet2DConditionModel.from_config({**pipeline.unet.config, "in_channels": 8})
+    parts = {**pipeline.components, "image_encoder": None}
+    whole = StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+    whole.save_pretrained(tmp_path / "edits")
+    Image.effect_noise((48, 32), 80).convert("RGB").save(tmp_path / "given.png")
+    out = tmp_path / "out"
+    flags = ("--model", tmp_path / "edits", "--image", tmp_path / "given.png", "--prompt", "make it red", *FEW)
+    run(generate, *flags, "--output_dir", out)
+    (drawn,) = pixels(out / "pictures").values()
+    whole.set_progress_bar_config(disable=True)
+    seed = generate.noise_seed({"seed": 0, "prompt": "make it red", "number": 0})
+    given = {"image": Image.open(tmp_path / "given.png"), "generator": torch.Generator().manual_seed(seed)}
+    wanted = np.asarray(whole("make it red", num_inference_steps=2, **given).images[0])
+    assert drawn.shape == (32, 48, 3) and (drawn == wanted).all()
+
+
 def test_a_checkpoint(draw, results, tiny_model):
     """Its UNet, or the average, goes on the base, and samples as it was trained."""
     pipeline = DiffusionPipeline.from_pretrained(results / "whole")
@@ -275,9 +341,12 @@ def test_files_of_prompts(draw, tiny_model, tmp_path, capsys):
         ("--prompt x --image none.png", "There is no picture none.png"),
         ("--prompt x --scheduler Nothing", "cannot be loaded: .*Nothing"),
         ("--prompt x --image there.png", "A StableDiffusionPipeline takes no image"),
+        ("--prompt x --num_inference_steps 0", "num_inference_steps has to be 1 or more, not 0"),
+        ("--prompt x --height 33", "00000-0.png cannot be drawn: .*divisible by 8"),
+        ("--prompt x --num_processes 2", "unrecognized arguments: --num_processes 2"),
     ],
 )
-def test_refused(draw, tmp_path, monkeypatch, flags, said):
+def test_refused(draw, tmp_path, monkeypatch, capsys, flags, said):
     """A sentence that names the flag or the file."""
     monkeypatch.chdir(tmp_path)
     texts = {"empty.txt": "\n", "a.odt": "x", "a.jsonl": '{"caption": "x"}', "torn.jsonl": "x"}
@@ -286,7 +355,7 @@ def test_refused(draw, tmp_path, monkeypatch, flags, said):
     Image.new("RGB", (8, 8)).save(tmp_path / "there.png")
     with pytest.raises(SystemExit) as end:
         draw("out", *flags.split())
-    assert re.search(said, str(end.value))
+    assert re.search(said, f"{end.value} {capsys.readouterr().err}")
 
 
 @pytest.mark.parametrize("model, said", [("nothing", "holds none of"), ("lora", "nothing says what it goes on")])
