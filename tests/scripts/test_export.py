@@ -43,6 +43,14 @@ def picture(pipeline):
     return pipeline("a red circle", generator=torch.Generator().manual_seed(0), **settings).images[0]
 
 
+def in_memory(pipeline):
+    """A pipeline with its weights out of its files, where they lie as they come: that changes last bits."""
+    for model in (part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)):
+        for weight in model.parameters():
+            weight.data = weight.data.clone()
+    return pipeline
+
+
 @pytest.fixture(scope="module")
 def results(tiny_model, pictures, tmp_path_factory):
     """Runs of the scripts: adapters, adapters with DoRA, a whole model with an average, a word, a model of pixels."""
@@ -74,7 +82,7 @@ def test_one_file(base, family, tmp_path):
     assert all(torch.equal(exported[name], wanted[name]) for name in wanted)
     kind = StableDiffusionXLPipeline if "xl" in family else StableDiffusionPipeline
     read = kind.from_single_file(tmp_path / "model.safetensors", config=str(base))
-    assert (picture(read) == picture(kind.from_pretrained(base))).all()
+    assert (picture(in_memory(read)) == picture(in_memory(kind.from_pretrained(base)))).all()
 
 
 @pytest.mark.parametrize("family", ["tiny_model", "tiny_sd2_model", "tiny_sdxl_model"])
