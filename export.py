@@ -193,12 +193,14 @@ def kohya_file(args, pipeline, flags, adapter):
     ranks = {len(weight) for name, weight in tensors.items() if name.endswith("lora_down.weight")}
     alphas = {weight.item() for name, weight in tensors.items() if name.endswith("alpha")}
     family = kohya_family(pipeline)[0]
+    if any(name.endswith("dora_scale") for name in tensors):
+        print("These adapters have DoRA: ComfyUI comes near to it, A1111 and kohya do not. --merge_lora is exact.")
     metadata = file_metadata(args, pipeline, flags, "/lora") | {
         "ss_network_module": "networks.lora",
         "ss_network_dim": ranks.pop() if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": alphas.pop() if len(alphas) == 1 else "Dynamic",
         "ss_base_model_version": family,
-        "ss_v2": family == "sd_v2",
+        "ss_v2": family.startswith("sd_v2"),
         "ss_output_name": Path(args.output).stem,
     }
     return tensors, metadata
@@ -353,10 +355,12 @@ def kohya_family(pipeline):
     """Returns what kohya's scripts call a pipeline's family, and what the modelspec calls it."""
     if pipeline.unet.config.addition_embed_type:
         return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
-    if pipeline.unet.config.cross_attention_dim == 1024:
-        v_prediction = pipeline.scheduler.config.prediction_type == "v_prediction"
-        return "sd_v2", "stable-diffusion-v2-768-v" if v_prediction else "stable-diffusion-v2-512"
-    return "sd_v1", "stable-diffusion-v1"
+    v_prediction = pipeline.scheduler.config.prediction_type == "v_prediction"
+    if pipeline.unet.config.cross_attention_dim != 1024:
+        return "sd_v1_v" if v_prediction else "sd_v1", "stable-diffusion-v1"
+    if v_prediction:
+        return "sd_v2_v", "stable-diffusion-v2-768-v"
+    return "sd_v2", "stable-diffusion-v2-512"
 
 
 def modelspec(pipeline, title, resolution, adapter=""):

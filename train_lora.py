@@ -1135,7 +1135,7 @@ def kohya_metadata(run, models):
         "ss_network_dim": args.rank,
         "ss_network_alpha": alpha,
         "ss_base_model_version": family,
-        "ss_v2": family == "sd_v2",
+        "ss_v2": family.startswith("sd_v2"),
         "ss_output_name": name,
         "ss_learning_rate": args.learning_rate,
         "ss_seed": run.seed,
@@ -1233,10 +1233,12 @@ def kohya_family(pipeline):
     """Returns what kohya's scripts call a pipeline's family, and what the modelspec calls it."""
     if pipeline.unet.config.addition_embed_type:
         return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
-    if pipeline.unet.config.cross_attention_dim == 1024:
-        v_prediction = pipeline.scheduler.config.prediction_type == "v_prediction"
-        return "sd_v2", "stable-diffusion-v2-768-v" if v_prediction else "stable-diffusion-v2-512"
-    return "sd_v1", "stable-diffusion-v1"
+    v_prediction = pipeline.scheduler.config.prediction_type == "v_prediction"
+    if pipeline.unet.config.cross_attention_dim != 1024:
+        return "sd_v1_v" if v_prediction else "sd_v1", "stable-diffusion-v1"
+    if v_prediction:
+        return "sd_v2_v", "stable-diffusion-v2-768-v"
+    return "sd_v2", "stable-diffusion-v2-512"
 
 
 def modelspec(pipeline, title, resolution, adapter=""):
