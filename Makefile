@@ -8,7 +8,7 @@ LAUNCH = .venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_
 
 # What the base and a result draw of some prompts, into $(2)/$(1): $(call draw,PROMPTS,OUTPUT_DIR)
 draw = $(LAUNCH) generate.py --model demo/base --compare $(2) --prompts demo/prompts/$(1).txt \
-    --num_images_per_prompt 4 --num_inference_steps 25 --output_dir $(2)/$(1)
+    --num_images_per_prompt 4 --num_inference_steps 25 --batch_size 8 --output_dir $(2)/$(1)
 # Whether the result's fit their prompts better or worse than the base's, or are more like the subject
 score = $(LAUNCH) evaluate.py --clip_model demo/clip --images $(2)/$(1)/pictures --compare $(2)/$(1)/compare \
     --output_dir $(2)/$(1)

@@ -39,6 +39,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import logging
 import math
 import os
 from pathlib import Path
@@ -153,6 +154,7 @@ if __name__ == "__main__":
     args = parse_args()  # before the slow imports, so that --help and a wrong flag answer at once
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it asks for torchvision, which nothing here needs
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import numpy as np
 import torch
@@ -164,6 +166,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 
 # The formulas. Features are tensors (n, d), with a row for each picture or caption.
@@ -426,11 +429,12 @@ def report(args, results):
     for metric, figures in results.items():
         if "difference" in figures:
             change = figures["difference"]
-            way = "higher" if change["value"] > 0 else "lower"
-            if change["low"] > 0 or change["high"] < 0:
-                print(f"{metric}: --compare is {way} by {shown(change)}: a difference.")
+            if change["low"] > 0:
+                print(f"{metric}: a difference is shown. --compare is higher.")
+            elif change["high"] < 0:
+                print(f"{metric}: a difference is shown. --compare is lower.")
             else:
-                print(f"{metric}: no difference is shown, as 0 lies in its interval.")
+                print(f"{metric}: no difference is shown, as 0 lies in the interval.")
 
 
 def picture_rows(args, features):
@@ -460,16 +464,18 @@ def write_results(args, results, rows):
     metric = next((metric for metric in args.metrics if metric in OF_PICTURES), None)
     if metric:
         ranked = sorted((row for row in rows if row["folder"] == "images"), key=lambda row: -row[metric])
-        chosen = [open_picture(row["file"]) for row in ranked[:10] + ranked[-10:]]
+        count = min(10, len(ranked) // 2)
+        chosen = [open_picture(row["file"]) for row in ranked[:count] + ranked[-count:]]
         squares = [ImageOps.pad(picture, (128, 128), color="white") for picture in chosen]
         data = io.BytesIO()
-        make_image_grid(squares, 2, len(squares) // 2).save(data, "PNG")
+        make_image_grid(squares, 2, count).save(data, "PNG")
         replace_file(folder / "best_and_worst.png", data.getvalue())
 
 
 @torch.inference_mode()
 def main(args):
     """Measures the pictures; ranks share their features, and the first one says and writes the results."""
+    disable_progress_bar()
     state = start_processes()
     features = all_features(args, state)
     if state.is_main_process:

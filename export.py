@@ -27,6 +27,7 @@ adapters and checkpoints go on is found in the run's train_args.yaml, in the mod
 import argparse
 import datetime
 import inspect
+import logging
 import os
 import re
 import tempfile
@@ -67,9 +68,11 @@ if __name__ == "__main__":
     args = parse_args()  # before the slow imports, so that --help and a wrong flag answer at once
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it asks for torchvision, which nothing here needs
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import diffusers
 import torch
+import transformers
 from huggingface_hub import HfApi, ModelCard
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
@@ -229,6 +232,7 @@ def main(args):
     """Writes the output, and prints sizes before and after."""
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     output, file = Path(args.output), args.output.endswith(".safetensors")
     result = str(Path(args.result, "unet_ema")) if args.use_ema else args.result
     try:

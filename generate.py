@@ -35,6 +35,7 @@ import inspect
 import io
 import itertools
 import json
+import logging
 import os
 import signal
 import sys
@@ -142,10 +143,12 @@ if __name__ == "__main__":
     args = parse_args()  # before the slow imports, so that --help and a wrong flag answer at once
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it asks for torchvision, which nothing here needs
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import diffusers
 import numpy as np
 import torch
+import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from diffusers.utils import make_image_grid
@@ -335,6 +338,7 @@ def main(args):
     """Draws what --output_dir lacks. A signal ends it after the batch at hand, with 128 + signal."""
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     state, stop = start_processes(), []
     models = {"pictures": args.model} | ({"compare": args.compare} if args.compare else {})
     folders = [Path(args.output_dir, name) for name in models]

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -232,7 +233,9 @@ def test_pairs(measure, tmp_path, capsys):
     told = measure("--images", first, "--compare", same)["metrics"]["clip_score"]
     assert told["difference"]["high"] < 0
     assert told["difference"]["value"] == pytest.approx(told["compare"]["value"] - told["images"]["value"])
-    assert re.search(r"clip_score: --compare is lower by -[\d.]+ \(.*\): a difference", capsys.readouterr().out)
+    assert "clip_score: a difference is shown. --compare is lower.\n" in capsys.readouterr().out
+    told = measure("--images", same, "--compare", first)["metrics"]["clip_score"]
+    assert "clip_score: a difference is shown. --compare is higher.\n" in capsys.readouterr().out
     with open(tmp_path / "evaluated" / "pictures.csv") as file:
         assert [row["folder"] for row in csv.DictReader(file)] == ["images"] * 12 + ["compare"] * 12
 
@@ -289,8 +292,8 @@ def test_features_are_kept(measure, tmp_path, monkeypatch):
     flags = ("--images", folder, "--reference", folder, "--metrics", "clip_i")
     wanted, opened = measure(*flags)["metrics"], []
     original = evaluate.open_picture
-    monkeypatch.setattr(evaluate, "open_picture", lambda file: (opened.append(file.name), original(file))[1])
-    sheet = 2 * 6  # of the best and the worst
+    monkeypatch.setattr(evaluate, "open_picture", lambda file: (opened.append(Path(file).name), original(file))[1])
+    sheet = 6  # the three best and the three worst
     assert measure(*flags)["metrics"] == wanted and len(opened) == sheet
     shutil.copy(folder / "001.png", folder / "002.png")
     measure(*flags)
