@@ -2,8 +2,8 @@
 
 --images is a folder of pictures, such as generate.py leaves, with their prompts in a metadata.jsonl or metadata.csv,
 or in .txt files beside them. With --compare, a second folder of the same prompts and seeds is compared with it,
-picture by picture. Each figure has its 95 % interval, which says how far other seeds and other reference pictures
-would move it, for these prompts. Features are those of a CLIP (--clip_model): those of two CLIPs cannot be compared.
+picture by picture. Each figure has its 95 % interval, which takes pictures as drawn alike: the spread between prompts
+widens it. Features are those of a CLIP (--clip_model): figures of two CLIPs cannot be compared.
 
     clip_score         how well pictures fit their prompts, up to 100
     clip_directional   how well the change from --originals to --images fits that of their captions, -1 to 1
@@ -33,6 +33,7 @@ would move it, for these prompts. Features are those of a CLIP (--clip_model): t
 # ///
 
 import argparse
+import contextlib
 import csv
 import datetime
 import hashlib
@@ -51,6 +52,7 @@ from pathlib import Path
 NEEDS = {"clip_directional": "originals", "clip_i": "reference", "kid": "reference", "cmmd": "reference"}
 NEEDS |= {"frechet": "reference", "fid": "reference"}
 METRICS = ["clip_score", *NEEDS]
+LEAST = {"kid": 20, "cmmd": 20, "fid": 2049}  # pictures of a distance; of frechet, one more than a feature is long
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -86,10 +88,14 @@ def parse_args(argv=None):
         parser.error("--metrics fid takes Inception's features: pip install torch-fidelity, or take kid")
     flags = [flag for flag in ("images", "compare", "originals", "reference") if getattr(args, flag)]
     args.folders = {flag: read_folder(flag, getattr(args, flag), args.caption_column) for flag in flags}
-    for metric in {"clip_score", "clip_directional"} & {*args.metrics}:
-        check_captions(args.folders, metric)
-    for flag in {"compare", "originals"} & {*flags}:
-        args.folders[flag] = paired(args.folders, flag)
+    for metric in args.metrics:
+        if metric in ("clip_score", "clip_directional"):
+            check_captions(args.folders, metric)
+        if metric in LEAST:
+            check_counts(args.folders, metric, LEAST[metric])
+    for flag in flags:
+        if flag in ("compare", "originals"):
+            args.folders[flag] = paired(args.folders, flag)
     return args
 
 
@@ -97,7 +103,7 @@ def read_captions(folder):
     """Returns the rows of a folder's metadata by the file that they are of."""
     try:
         if (folder / "metadata.jsonl").is_file():
-            lines = (folder / "metadata.jsonl").read_text(encoding="utf-8-sig").splitlines()
+            lines = (folder / "metadata.jsonl").read_text(encoding="utf-8-sig").split("\n")
             rows = [json.loads(line) for line in lines if line.strip()]
         elif (folder / "metadata.csv").is_file():
             with open(folder / "metadata.csv", newline="", encoding="utf-8-sig") as lines:
@@ -105,7 +111,7 @@ def read_captions(folder):
         else:
             rows = []
         return {row["file_name"]: row for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"The metadata of {folder} cannot be read: {type(error).__name__}: {error}")
 
 
@@ -114,33 +120,48 @@ def read_folder(flag, name, caption_column):
     folder = Path(name)
     if not folder.is_dir():
         raise SystemExit(f"--{flag} {folder} is not a folder.")
-    told, pictures = read_captions(folder), []
-    for file in sorted(folder.rglob("*")):
+    told, pictures = read_captions(folder), {}
+    for file in sorted(folder.iterdir()):
         if file.suffix.lower() not in SUFFIXES or file.name.startswith("."):
             continue
-        place = file.relative_to(folder)
-        row = told.get(place.as_posix(), {})
+        row = told.get(file.name, {})
         caption, beside = row.get(caption_column), file.with_suffix(".txt")
         if caption is None and beside.is_file():
-            caption = beside.read_text(encoding="utf-8-sig").strip()
-        name = place.with_suffix("").as_posix()
-        pictures.append({"file": file, "name": name, "caption": caption, "seed": row.get("seed")})
+            try:
+                caption = beside.read_text(encoding="utf-8-sig").strip()
+            except ValueError as error:
+                raise SystemExit(f"{beside} is no text in UTF-8: {error}")
+        if file.stem in pictures:
+            raise SystemExit(f"--{flag} {folder} has two pictures named {file.stem}: rename one.")
+        pictures[file.stem] = {"file": file, "name": file.stem, "caption": caption, "seed": row.get("seed")}
     if len(pictures) < 2:
-        raise SystemExit(f"--{flag} {folder} holds {len(pictures)} pictures: no interval has fewer than 2.")
-    return pictures
+        raise SystemExit(f"--{flag} {folder} itself holds {len(pictures)} pictures: no interval has fewer than 2.")
+    return [*pictures.values()]
 
 
 def check_captions(folders, metric):
     """Refuses pictures without a caption."""
     for flag in {"images", "originals"} & folders.keys():
         for picture in folders[flag]:
-            if not isinstance(picture["caption"], str):
-                raise SystemExit(f"--metrics {metric} takes captions, and {picture['file']} has none.")
+            if not picture["caption"] or not isinstance(picture["caption"], str):
+                way_out = "give a metadata.jsonl with a column text, or name the column by --caption_column"
+                raise SystemExit(f"--metrics {metric} takes captions, and {picture['file']} has none: {way_out}.")
+
+
+def check_counts(folders, metric, least):
+    """Refuses sets that are too small for a distance."""
+    way_out = "give more, or take kid" if least > LEAST["kid"] else "give more"
+    for flag in folders.keys() - {"originals"}:
+        if len(folders[flag]) < least:
+            sentence = f"--metrics {metric} takes {least} pictures or more, and --{flag} has {len(folders[flag])}"
+            raise SystemExit(f"{sentence}: {way_out}.")
 
 
 def paired(folders, flag):
     """Returns a folder's pictures in the order of --images; refuses those of other names, prompts or seeds."""
     others = {picture["name"]: picture for picture in folders[flag]}
+    if more := sorted(others.keys() - {picture["name"] for picture in folders["images"]}):
+        raise SystemExit(f"--{flag} has a picture {more[0]}, and --images has none.")
     for picture in folders["images"]:
         other = others.get(picture["name"])
         if other is None:
@@ -160,9 +181,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
@@ -221,7 +243,10 @@ def kid(x, y):
 
 
 def cmmd(x, y):
-    """Returns 1000 times that of unit vectors under exp(-|x - y|^2 / 200), biased: arXiv:2401.09603, section 4."""
+    """Returns 1000 times that of unit vectors under exp(-|x - y|^2 / 200): arXiv:2401.09603, section 4.
+
+    It counts pictures with themselves, as the authors' code does, so small sets of one law are apart.
+    """
     x, y = unit(x), unit(y)
 
     def kernel(a, b):
@@ -247,30 +272,28 @@ OF_SETS = {
 }
 
 
-def quantile(freedom):
-    """Returns the 97.5 % quantile of Student's t: Abramowitz and Stegun, 26.7.5; within 0.5 % from 4 degrees on."""
-    z = 1.959964
-    terms = [z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96]
-    terms.append((3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
-    return sum(term / freedom**i for i, term in enumerate(terms))
+# The 97.5 % quantiles of Student's t, for 1 to 19 degrees of freedom.
+QUANTILES = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
+QUANTILES += [2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093]
 
 
-def interval(statistic, *counts):
-    """Returns a statistic of samples of so many rows, and the ends of its 95 % interval.
+def intervals(statistics, *counts):
+    """Returns statistics of samples of so many rows, each with the ends of its 95 % interval.
 
-    The statistic takes the numbers of the rows to count, a tensor for each sample. The jackknife leaves out each of up
-    to 20 groups of rows (Efron and Tibshirani 1993, chapter 11). Of a mean, that is Student's interval.
+    statistics takes the numbers of the rows to count, a tensor for each sample, and returns a list of numbers. The
+    jackknife leaves out each of up to 20 groups of rows (Efron and Tibshirani 1993, chapter 11). Of a mean, that is
+    Student's interval.
     """
     everything = [torch.arange(count) for count in counts]
-    value, variance, freedom = float(statistic(*everything)), 0.0, 19
+    values, variances, freedom = np.array(statistics(*everything)), 0.0, len(QUANTILES)
     for i, rows in enumerate(everything):
         groups = min(len(rows), 20)
         group = torch.from_numpy(np.random.default_rng(0).permutation(len(rows)) % groups)
-        without = [float(statistic(*everything[:i], rows[group != g], *everything[i + 1 :])) for g in range(groups)]
-        variance += (groups - 1) * np.var(without)
+        without = [statistics(*everything[:i], rows[group != g], *everything[i + 1 :]) for g in range(groups)]
+        variances = variances + (groups - 1) * np.var(without, axis=0)
         freedom = min(freedom, groups - 1)
-    reach = quantile(freedom) * math.sqrt(variance)
-    return {"value": value, "low": value - reach, "high": value + reach}
+    reaches = QUANTILES[freedom - 1] * np.sqrt(variances)
+    return [{"value": v, "low": v - r, "high": v + r} for v, r in zip(values.tolist(), reaches.tolist())]
 
 
 # Features
@@ -287,7 +310,7 @@ def open_picture(file):
 
 
 def load_clip(name, device):
-    """Returns a CLIP, and its functions from pictures and from captions to features, (n, d)."""
+    """Returns a CLIP, a name for its features, and its functions from pictures and from captions to them, (n, d)."""
     try:
         model = CLIPModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32).to(device).eval()
         processor, tokenizer = CLIPImageProcessorPil.from_pretrained(name), CLIPTokenizer.from_pretrained(name)
@@ -308,11 +331,12 @@ def load_clip(name, device):
         words = [tokenizer(part, **padded).to(device) for part in parts]
         return torch.cat([model.get_text_features(**batch).pooler_output.cpu() for batch in words]).double()
 
-    return model, of_pictures, of_captions
+    name = model_digest(model, model.config.to_json_string() + processor.to_json_string())
+    return model, name, of_pictures, of_captions
 
 
 def load_inception(device):
-    """Returns Inception as torch-fidelity has it, and its function from pictures to features, (n, 2048)."""
+    """Returns a name for the features of Inception as torch-fidelity has it, and its function to them, (n, 2048)."""
     from torch_fidelity.utils import create_feature_extractor
 
     model = create_feature_extractor("inception-v3-compat", ["2048"], cuda=device.type == "cuda")
@@ -321,27 +345,31 @@ def load_inception(device):
         pixels = [torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].to(device) for picture in pictures]
         return torch.cat([model(one)[0].cpu() for one in pixels])
 
-    return model, of_pictures
+    return model_digest(model, ""), of_pictures
 
 
-def weights_digest(model):
-    """Returns a digest of a model's weights."""
-    total = hashlib.blake2b(digest_size=8)
+def model_digest(model, settings):
+    """Returns a digest of a model's weights, and of the settings that its features depend on, as text."""
+    total = hashlib.blake2b(settings.encode(), digest_size=8)
     for weight in model.state_dict().values():
         total.update(weight.cpu().reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()
 
 
-def encode(args, state, model, of_pictures, flag):
-    """Returns the features of a folder's pictures, (n, d): those kept, and those that ranks share in computing."""
+def encode(args, state, name, of_pictures, flag):
+    """Returns on rank 0 the features of a folder's pictures, (n, d): those kept under a model's name, and new ones.
+
+    Rank 0 says which are missing, and ranks share them.
+    """
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(args.encoding_cache_dir or Path(home, "diffusion-training"), "features")
     place = hashlib.blake2b(os.path.abspath(getattr(args, flag)).encode(), digest_size=8).hexdigest()
-    kept_in = folder / f"{weights_digest(model)}-{place}.safetensors"
-    kept = load_file(kept_in) if kept_in.exists() else {}
+    kept_in, kept = folder / f"{name}-{place}.safetensors", {}
+    with contextlib.suppress(OSError, SafetensorError):  # there is none yet, or it is torn
+        kept = load_file(kept_in)
     names = [hashlib.blake2b(picture["file"].read_bytes()).hexdigest() for picture in args.folders[flag]]
     files = {name: picture["file"] for name, picture in zip(names, args.folders[flag])}
-    missing = [name for name in files if name not in kept]
+    missing = broadcast_object_list([[name for name in files if name not in kept]])[0]
     mine, new = missing[state.process_index :: state.num_processes], {}
     batches = [mine[first : first + args.batch_size] for first in range(0, len(mine), args.batch_size)]
     for batch in tqdm(batches, f"features of --{flag}", disable=not state.is_main_process):
@@ -349,41 +377,37 @@ def encode(args, state, model, of_pictures, flag):
         new |= {name: row.clone() for name, row in zip(batch, features)}
     for part in gather_object([new]):
         kept |= part
-    if missing and state.is_main_process:
+    if not state.is_main_process:
+        return None
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(kept_in, save({name: kept[name] for name in files}))
+    except OSError as error:
+        print(f"Features are not kept, as {folder} cannot be written: {error}")
     return torch.stack([kept[name] for name in names]).double()
 
 
 def all_features(args, state):
-    """Returns the features by folder: of its pictures, and for --images and --compare of what belongs to these."""
-    model, of_pictures, of_captions = load_clip(args.clip_model, state.device)
-    check_counts(args, model.config.projection_dim)
-    features = {flag: {"pictures": encode(args, state, model, of_pictures, flag)} for flag in args.folders}
-    captions = {flag: [picture["caption"] for picture in args.folders[flag]] for flag in args.folders}
-    for flag in ("images", "compare"):
-        if flag in features and {"clip_score", "clip_directional"} & {*args.metrics}:
-            features[flag]["captions"] = of_captions(captions["images"])
-        if flag in features and args.originals:
-            features[flag]["originals"] = features["originals"]["pictures"]
-            features[flag]["original captions"] = of_captions(captions["originals"])
+    """Returns on rank 0 the features by folder: of its pictures, and of what belongs to --images and --compare."""
+    model, name, of_pictures, of_captions = load_clip(args.clip_model, state.device)
+    if "frechet" in args.metrics:
+        check_counts(args.folders, "frechet", model.config.projection_dim + 1)
+    features = {flag: {"pictures": encode(args, state, name, of_pictures, flag)} for flag in args.folders}
     if "fid" in args.metrics:
-        inception, of_pictures = load_inception(state.device)
-        for flag in features.keys() - {"originals"}:
-            features[flag]["inception"] = encode(args, state, inception, of_pictures, flag)
+        name, of_pictures = load_inception(state.device)
+        for flag in args.folders:
+            features[flag]["inception"] = encode(args, state, name, of_pictures, flag)
+    if not state.is_main_process:
+        return None
+    more = {}
+    if {"clip_score", "clip_directional"} & {*args.metrics}:
+        more["captions"] = of_captions([picture["caption"] for picture in args.folders["images"]])
+    if args.originals:
+        more["originals"] = features["originals"]["pictures"]
+        more["original captions"] = of_captions([picture["caption"] for picture in args.folders["originals"]])
+    for flag in {"images", "compare"} & features.keys():
+        features[flag] |= more
     return features
-
-
-def check_counts(args, length):
-    """Refuses sets that are too small for a distance."""
-    for metric in OF_SETS.keys() & {*args.metrics}:
-        least = {"frechet": length + 1, "fid": 2049}.get(metric, 20)
-        for flag in args.folders.keys() - {"originals"}:
-            count = len(args.folders[flag])
-            if count < least:
-                way_out = "give more, or take kid" if least > 20 else "give more"
-                sentence = f"--metrics {metric} takes {least} pictures or more, and --{flag} has {count}: {way_out}."
-                raise SystemExit(sentence)
 
 
 # The results
@@ -391,50 +415,45 @@ def check_counts(args, length):
 
 def measure(args, features):
     """Returns, by metric, what each folder has and how the second one differs, each with its interval."""
-    count, theirs, results = len(args.folders["images"]), features.get("reference", {}), {}
-
-    def select(rows_of, rows):
-        return {name: tensor[rows] for name, tensor in rows_of.items()}
-
-    for metric in args.metrics:
+    theirs, results = features.get("reference", {}), {}
+    columns = ["images", "compare", "difference"] if args.compare else ["images"]
+    for metric in tqdm(args.metrics, "measuring"):
         formula = (OF_PICTURES | OF_SETS)[metric]
-        counts = [count, len(theirs["pictures"])] if NEEDS.get(metric) == "reference" else [count]
+        counts = [len(args.folders["images"])]
+        if NEEDS.get(metric) == "reference":
+            counts.append(len(args.folders["reference"]))
 
-        def value(flag, mine, others=slice(None), formula=formula):
-            return formula(select(features[flag], mine), select(theirs, others)).mean()
+        def figures(rows, others=slice(None), formula=formula):
+            chosen = {name: tensor[others] for name, tensor in theirs.items()}
+            values = []
+            for flag in columns[:2]:
+                mine = {name: tensor[rows] for name, tensor in features[flag].items()}
+                values.append(formula(mine, chosen).mean().item())
+            return [*values, values[1] - values[0]] if args.compare else values
 
-        def difference(*rows, value=value):
-            return value("compare", *rows) - value("images", *rows)
-
-        results[metric] = {"images": interval(lambda *rows, value=value: value("images", *rows), *counts)}
-        if args.compare:
-            results[metric]["compare"] = interval(lambda *rows, value=value: value("compare", *rows), *counts)
-            results[metric]["difference"] = interval(difference, *counts)
+        results[metric] = dict(zip(columns, intervals(figures, *counts)))
     return results
 
 
-def shown(figure):
-    """Returns a figure with its interval as text."""
-    return "{value:.4g} ({low:.4g} to {high:.4g})".format(**figure)
-
-
 def report(args, results):
-    """Prints a table of the figures, and says which differences are some."""
+    """Prints a table of the figures, and says where the second folder differs."""
     pictures = {flag: len(args.folders[flag]) for flag in args.folders}
     print(f"{args.clip_model}; " + ", ".join(f"{count} {flag}" for flag, count in pictures.items()))
     columns = [*next(iter(results.values()))]
-    print(" " * 18 + "".join(f"{column:<32}" for column in columns).rstrip())
+    print(" " * 18 + "".join(f"{column:<40}" for column in columns).rstrip())
     for metric, figures in results.items():
-        print(f"{metric:<18}" + "".join(f"{shown(figures[column]):<32}" for column in columns).rstrip())
+        shown = ["{value:.4g} ({low:.4g} to {high:.4g})".format(**figures[column]) for column in columns]
+        print(f"{metric:<18}" + "".join(f"{cell:<40}" for cell in shown).rstrip())
     for metric, figures in results.items():
-        if "difference" in figures:
-            change = figures["difference"]
-            if change["low"] > 0:
-                print(f"{metric}: a difference is shown. --compare is higher.")
-            elif change["high"] < 0:
-                print(f"{metric}: a difference is shown. --compare is lower.")
-            else:
-                print(f"{metric}: no difference is shown, as 0 lies in the interval.")
+        if "difference" not in figures:
+            continue
+        low, high = figures["difference"]["low"], figures["difference"]["high"]
+        if low <= 0 <= high:
+            print(f"{metric}: no difference is shown, as 0 lies in the interval.")
+        else:
+            better = (low > 0) == (metric in OF_PICTURES)  # of distances, less is
+            way, verdict = "higher" if low > 0 else "lower", "better" if better else "worse"
+            print(f"{metric}: a difference is shown. --compare is {way}, which is {verdict}.")
 
 
 def picture_rows(args, features):
@@ -452,16 +471,16 @@ def picture_rows(args, features):
 def write_results(args, results, rows):
     """Writes metrics.json, pictures.csv, and the ten best and ten worst pictures of --images by the first metric."""
     folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     told = {flag: {"folder": getattr(args, flag), "pictures": len(args.folders[flag])} for flag in args.folders}
-    report = {"clip_model": args.clip_model, **told, "metrics": results}
-    replace_file(folder / "metrics.json", (json.dumps(report, indent=1) + "\n").encode())
+    figures = {"clip_model": args.clip_model, **told, "metrics": results}
+    replace_file(folder / "metrics.json", (json.dumps(figures, indent=1) + "\n").encode())
     lines = io.StringIO()
     writer = csv.DictWriter(lines, [*rows[0]], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     replace_file(folder / "pictures.csv", lines.getvalue().encode())
     metric = next((metric for metric in args.metrics if metric in OF_PICTURES), None)
+    (folder / "best_and_worst.png").unlink(missing_ok=True)  # of other pictures
     if metric:
         ranked = sorted((row for row in rows if row["folder"] == "images"), key=lambda row: -row[metric])
         count = min(10, len(ranked) // 2)
@@ -477,11 +496,15 @@ def main(args):
     """Measures the pictures; ranks share their features, and the first one says and writes the results."""
     disable_progress_bar()
     state = start_processes()
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--output_dir {args.output_dir} cannot be made: {error}")
     features = all_features(args, state)
     if state.is_main_process:
         results = measure(args, features)
-        write_results(args, results, picture_rows(args, features))
         report(args, results)
+        write_results(args, results, picture_rows(args, features))
         print(f"More is in {args.output_dir}.")
     state.wait_for_everyone()
     state.destroy_process_group()

@@ -40,6 +40,7 @@ import yaml
 
 
 DTYPES = ["fp32", "fp16", "bf16"]
+EXPORTED = ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "DDPMPipeline"]
 
 
 def parse_args(argv=None):
@@ -171,6 +172,9 @@ def write_folder(pipeline, output):
     """Writes a folder of diffusers, beside its place first, with files that programs of older libraries read."""
     with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=f".{output.name}.") as beside:
         folder = Path(beside, "whole")
+        for part in (pipeline, *pipeline.components.values()):  # which would name a folder of this machine
+            if hasattr(part, "register_to_config"):
+                part.register_to_config(_name_or_path=output.name)
         pipeline.save_pretrained(folder)
         for part in ("tokenizer", "tokenizer_2"):
             if part in pipeline.components:
@@ -210,9 +214,9 @@ def kohya_file(args, pipeline, flags, adapter):
 
 
 def megabytes(path):
-    """Returns the size of a file, or of the safetensors files of a folder, in MB."""
+    """Returns the size of a file, or of the safetensors files of a folder but for its checkpoints, in MB."""
     files = Path(path).rglob("*.safetensors") if Path(path).is_dir() else [Path(path)]
-    return sum(file.stat().st_size for file in files) / 1e6
+    return sum(file.stat().st_size for file in files if "checkpoint-" not in str(file.relative_to(path))) / 1e6
 
 
 def problem(args, kind, file):
@@ -240,6 +244,8 @@ def main(args):
         if why := problem(args, kind, file):
             raise ValueError(why)
         pipeline, adapters = open_model([result], args.base, [args.lora_scale])
+        if type(pipeline).__name__ not in EXPORTED:
+            raise ValueError(f"it is a {type(pipeline).__name__}, and {', '.join(EXPORTED)} are exported")
         if file and not hasattr(pipeline, "vae"):
             raise ValueError("a model of pixels has no such file: name a folder")
     except Exception as error:  # diffusers raises nearly anything over files that it cannot use

@@ -131,17 +131,26 @@ def test_cmmd_by_hand():
 # The intervals.
 
 
-def test_quantiles():
-    """Those of the tables."""
-    for freedom, wanted in ((4, 2.776), (9, 2.262), (19, 2.093), (10**6, 1.960)):
-        assert evaluate.quantile(freedom) == pytest.approx(wanted, rel=0.005)
+def interval(statistic, *counts):
+    """The interval of one number."""
+    (found,) = evaluate.intervals(lambda *rows: [float(statistic(*rows))], *counts)
+    return found
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 5, 19])
+def test_quantiles(freedom):
+    """Of so many draws of Student's t, one in forty lies above."""
+    rng = np.random.default_rng(0)
+    assert (rng.standard_t(freedom, 400_000) > evaluate.QUANTILES[freedom - 1]).mean() == pytest.approx(
+        0.025, abs=1e-3
+    )
 
 
 def test_the_interval_of_a_mean_is_students():
     """Up to 20 pictures; above, it is nearly so."""
     x = features(12, 1)[:, 0]
-    found = evaluate.interval(lambda rows: x[rows].mean(), 12)
-    reach = evaluate.quantile(11) * x.std().item() / np.sqrt(12)
+    found = interval(lambda rows: x[rows].mean(), 12)
+    reach = evaluate.QUANTILES[10] * x.std().item() / np.sqrt(12)
     assert found["value"] == pytest.approx(x.mean().item())
     assert found["high"] - found["value"] == pytest.approx(reach) == found["value"] - found["low"]
 
@@ -154,11 +163,11 @@ def test_paired_intervals_cover(count):
         rng = np.random.default_rng(seed)
         shared, noise = rng.normal(scale=5, size=count), rng.exponential(size=(2, count))
         a, b = (torch.from_numpy(shared + part) for part in noise)
-        found = evaluate.interval(lambda rows, a=a, b=b: b[rows].mean() + 0.3 - a[rows].mean(), count)
+        found = interval(lambda rows, a=a, b=b: b[rows].mean() + 0.3 - a[rows].mean(), count)
         hits += found["low"] <= 0.3 <= found["high"]
         reaches.append(found["high"] - found["value"])
     assert 930 <= hits <= 972
-    assert np.mean(reaches) < 1.3 * evaluate.quantile(min(count, 20) - 1) * np.sqrt(2 / count)
+    assert np.mean(reaches) < 1.3 * evaluate.QUANTILES[min(count, 20) - 2] * np.sqrt(2 / count)
 
 
 def test_intervals_of_two_sets_cover():
@@ -170,7 +179,7 @@ def test_intervals_of_two_sets_cover():
         def distance(i, j, x=x, y=y):
             return ((x[i].mean(0) - y[j].mean(0)) ** 2).sum() - 2 * 2 / 60
 
-        found = evaluate.interval(distance, 60, 60)
+        found = interval(distance, 60, 60)
         hits += found["low"] <= 2 <= found["high"]
     assert 368 <= hits <= 392
 
@@ -233,9 +242,17 @@ def test_pairs(measure, tmp_path, capsys):
     told = measure("--images", first, "--compare", same)["metrics"]["clip_score"]
     assert told["difference"]["high"] < 0
     assert told["difference"]["value"] == pytest.approx(told["compare"]["value"] - told["images"]["value"])
-    assert "clip_score: a difference is shown. --compare is lower.\n" in capsys.readouterr().out
-    told = measure("--images", same, "--compare", first)["metrics"]["clip_score"]
-    assert "clip_score: a difference is shown. --compare is higher.\n" in capsys.readouterr().out
+    said = "clip_score: a difference is shown. --compare is "
+    assert f"{said}lower, which is worse.\n" in capsys.readouterr().out
+    measure("--images", same, "--compare", first)
+    assert f"{said}higher, which is better.\n" in capsys.readouterr().out
+    few = save_squares(tmp_path / "few", 20)
+    far = shutil.copytree(few, tmp_path / "far")
+    for file in far.glob("*.png"):
+        Image.new("RGB", (64, 64), "white").save(file)
+    measure("--images", few, "--compare", far, "--reference", few, "--metrics", "kid")
+    assert "kid: a difference is shown. --compare is higher, which is worse.\n" in capsys.readouterr().out
+    measure("--images", first, "--compare", same)
     with open(tmp_path / "evaluated" / "pictures.csv") as file:
         assert [row["folder"] for row in csv.DictReader(file)] == ["images"] * 12 + ["compare"] * 12
 
@@ -305,6 +322,18 @@ def test_features_are_kept(measure, tmp_path, monkeypatch):
     assert len(load_file(kept)) == 5
 
 
+def test_a_cache_that_fails(measure, tmp_path, capsys):
+    """A torn file is made anew, and where nothing can be kept, the figures are said all the same."""
+    folder = save_squares(tmp_path / "some", 4)
+    wanted = measure("--images", folder)["metrics"]
+    (kept,) = (tmp_path / "cache" / "features").iterdir()
+    kept.write_bytes(kept.read_bytes()[:50])
+    assert measure("--images", folder)["metrics"] == wanted and len(load_file(kept)) == 4
+    (tmp_path / "file").write_text("x")
+    assert measure("--images", folder, "--encoding_cache_dir", tmp_path / "file")["metrics"] == wanted
+    assert "Features are not kept, as " in capsys.readouterr().out
+
+
 def test_batches_and_alpha(measure, tmp_path):
     """Batch-mates change no more than last bits; pictures are seen upright and on white, as training sees them."""
     folder = save_squares(tmp_path / "some", 5)
@@ -324,20 +353,31 @@ def test_batches_and_alpha(measure, tmp_path):
 @pytest.mark.launch
 def test_two_processes(measure, start, tmp_path):
     """Ranks share the pictures, and say the same."""
-    folder = save_squares(tmp_path / "some", 7)
-    wanted = measure("--images", folder)["metrics"]["clip_score"]["images"]
-    words = ("--clip_model", CLIP, "--encoding_cache_dir", tmp_path / "other", "--images", folder)
+    folder, reference = save_squares(tmp_path / "some", 21), save_squares(tmp_path / "reference", 20, seed=1)
+    flags = ("--images", folder, "--compare", folder, "--reference", reference, "--metrics", "clip_score", "kid")
+    wanted = measure(*flags)["metrics"]
+    words = ("--clip_model", CLIP, "--encoding_cache_dir", tmp_path / "other", *flags)
     words += ("--output_dir", tmp_path / "of-two")
-    finish(lambda *given, **how: start(*given, script="evaluate", **how), words, 2)
-    told = json.loads((tmp_path / "of-two" / "metrics.json").read_text())["metrics"]["clip_score"]["images"]
-    assert told == {name: pytest.approx(value, rel=1e-5) for name, value in wanted.items()}
+    for _ in range(2):  # the second time from what rank 0 has kept
+        finish(lambda *given, **how: start(*given, script="evaluate", **how), words, 2)
+        told = json.loads((tmp_path / "of-two" / "metrics.json").read_text())["metrics"]
+        for metric in wanted:
+            for column, figure in wanted[metric].items():
+                assert told[metric][column] == {
+                    name: pytest.approx(v, rel=1e-4, abs=1e-6) for name, v in figure.items()
+                }
 
 
 @pytest.mark.parametrize(
     "flags, said",
     [
         ("--images nowhere", "--images nowhere is not a folder"),
-        ("--images empty", "--images empty holds 0 pictures"),
+        ("--images empty", "--images empty itself holds 0 pictures"),
+        ("--images alike", "--images alike has two pictures named 000: rename one"),
+        ("--images some --compare twenty", "--compare has a picture 004, and --images has none"),
+        ("--images blank", "takes captions, and .*blank/000.png has none: give a metadata.jsonl"),
+        ("--images latin", "latin/000.txt is no text in UTF-8"),
+        ("--images some --output_dir some/000.png", "--output_dir some/000.png cannot be made"),
         ("--images some --metrics clip_i", "--metrics clip_i needs --reference"),
         ("--images some --metrics clip_directional", "--metrics clip_directional needs --originals"),
         ("--images some --reference some", "none of --metrics clip_score takes --reference"),
@@ -365,7 +405,13 @@ def test_refused(measure, tmp_path, capsys, flags, said):
     (tmp_path / "bare" / "metadata.jsonl").unlink()
     (tmp_path / "torn" / "metadata.jsonl").write_text('{"file": "000.png"}\n')
     (tmp_path / "broken" / "001.png").write_bytes(b"torn")
+    for name in ("alike", "latin"):
+        save_squares(tmp_path / name, 2)
+    shutil.copy(tmp_path / "alike" / "000.png", tmp_path / "alike" / "000.webp")
+    save_squares(tmp_path / "blank", 2, text="")
+    (tmp_path / "latin" / "metadata.jsonl").unlink()
+    (tmp_path / "latin" / "000.txt").write_bytes("é".encode("latin-1"))
     with pytest.raises(SystemExit) as end:
         measure(*flags.split())
     assert re.search(said, f"{end.value} {capsys.readouterr().err}")
-    assert not os.path.exists("evaluated")
+    assert not os.path.exists("evaluated/metrics.json")

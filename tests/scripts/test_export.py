@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     DDPMPipeline,
     DiffusionPipeline,
     StableDiffusionPipeline,
@@ -170,6 +171,8 @@ def test_precisions(tiny_model, tmp_path, capsys):
     run(export, tiny_model, tmp_path / "half", "--dtype", "fp16")
     said = capsys.readouterr().out
     run(export, tiny_model, tmp_path / "half.safetensors", "--dtype", "bf16")
+    configs = [file.read_text() for file in (tmp_path / "half").rglob("*.json")]
+    assert not any(str(tiny_model.parent) in text or str(tmp_path) in text for text in configs)
     for part in ("unet", "vae", "text_encoder"):
         (before,), (after,) = ([*(place / part).glob("*.safetensors")] for place in (tiny_model, tmp_path / "half"))
         weights, halves = load_file(before), load_file(after)
@@ -278,12 +281,18 @@ def test_the_files_of_a_merged_model_are_the_bases(results, tiny_model, tmp_path
         ("whole", "folder --use_ema", "--use_ema is for a checkpoint"),
         ("whole", "folder --merge_lora", "--merge_lora and --lora_scale are for adapters"),
         ("config", "folder", "cannot be exported: "),
+        ("control", "folder", "it is a StableDiffusionControlNetPipeline, and StableDiffusionPipeline, "),
         ("nowhere", "folder", "nowhere cannot be exported: "),
     ],
 )
 def test_refused(results, tmp_path, result, output, said):
     """In a sentence, and nothing is written."""
     name, *flags = output.split()
+    if result == "control":
+        base = json_base(results / "lora")
+        net = ControlNetModel.from_unet(UNet2DConditionModel.from_pretrained(base, subfolder="unet"))
+        net.save_pretrained(results / "control")
+        flags += ["--base", base]
     with pytest.raises(SystemExit, match=said):
         run(export, results / result, tmp_path / name, *flags)
     assert os.listdir(tmp_path) == []
