@@ -26,6 +26,7 @@ def read_row(folder):
     firsts = {row["text"]: row for row in reversed(rows)}
     if "prompt" in rows[0] and len(firsts) > 1:
         rows = [row for row in rows if row is firsts[row["text"]]]
+    rows = rows if len(firsts) > 1 else rows[:10]  # of one prompt, or none
     return [(Path(folder, row["file_name"]), row.get("prompt", "")) for row in rows]
 
 

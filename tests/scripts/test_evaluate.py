@@ -290,7 +290,8 @@ def test_features_are_clips(measure, tmp_path):
     measure("--images", folder)
     with open(tmp_path / "evaluated" / "pictures.csv") as file:
         found = [float(row["clip_score"]) for row in csv.DictReader(file)]
-    model, tokenizer = CLIPModel.from_pretrained(CLIP), CLIPTokenizer.from_pretrained(CLIP)
+    model = CLIPModel.from_pretrained(CLIP, dtype=torch.float32)
+    tokenizer = CLIPTokenizer.from_pretrained(CLIP)
     settings = json.loads((CLIP / "preprocessor_config.json").read_text())
     mean, std = (torch.tensor(settings[name])[:, None, None] for name in ("image_mean", "image_std"))
     for i, row in enumerate(map(json.loads, (folder / "metadata.jsonl").read_text().splitlines())):

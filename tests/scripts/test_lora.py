@@ -301,5 +301,5 @@ def test_sd_2(train, tiny_v_model, tmp_path):
     assert not close([draw], [picture(StableDiffusionPipeline.from_pretrained(tmp_path / "base"))], 1e-3)
     with safe_open(out / KOHYA, "pt") as file:
         told = file.metadata()
-    wanted = {"ss_v2": "True", "ss_base_model_version": "sd_v2"}
+    wanted = {"ss_v2": "True", "ss_base_model_version": "sd_v2_v"}
     assert wanted.items() <= told.items() and told["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
