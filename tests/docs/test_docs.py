@@ -43,3 +43,20 @@ def test_exact_versions_are_within_the_ranges():
     ranges = {each.name: each.specifier for each in map(Requirement, requirements("requirements.txt"))}
     exact = dict(line.split("==") for line in requirements("requirements-exact.txt"))
     assert exact.keys() == ranges.keys() and all(ranges[name].contains(exact[name]) for name in exact)
+
+
+def test_named_files_exist():
+    """What the documents name in demo/, docs/, configs/ and tools/ is there, and nothing is left to fill in."""
+    documents = [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "Makefile",
+        *sorted((ROOT / "docs").glob("*.md")),
+    ]
+    named = set()
+    for path in documents:
+        text = path.read_text()
+        assert "@@" not in text, path.name
+        named |= set(re.findall(r"\b(?:demo|docs|configs|tools|benchmarks)/[\w/]+\.(?:py|png|md|txt|yaml)\b", text))
+    assert len(named) > 20
+    assert {name for name in named if not (ROOT / name).exists()} == set()
