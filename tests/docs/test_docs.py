@@ -57,6 +57,7 @@ def test_named_files_exist():
     for path in documents:
         text = path.read_text()
         assert "@@" not in text, path.name
-        named |= set(re.findall(r"\b(?:demo|docs|configs|tools|benchmarks)/[\w/]+\.(?:py|png|md|txt|yaml)\b", text))
+        folders, endings = "demo|docs|configs|tools|benchmarks", "py|png|md|txt|yaml"
+        named |= set(re.findall(rf"(?<![\w/])(?:{folders})/[\w/]+\.(?:{endings})\b", text))
     assert len(named) > 20
     assert {name for name in named if not (ROOT / name).exists()} == set()
