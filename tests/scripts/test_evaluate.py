@@ -1,6 +1,7 @@
 """evaluate.py: the formulas by hand, the intervals by simulation, pairs, kept features, ranks, refusals."""
 
 import csv
+import functools
 import json
 import os
 import re
@@ -357,10 +358,14 @@ def test_two_processes(measure, start, tmp_path):
     folder, reference = save_squares(tmp_path / "some", 21), save_squares(tmp_path / "reference", 20, seed=1)
     flags = ("--images", folder, "--compare", folder, "--reference", reference, "--metrics", "clip_score", "kid")
     wanted = measure(*flags)["metrics"]
-    words = ("--clip_model", CLIP, "--encoding_cache_dir", tmp_path / "other", *flags)
-    words += ("--output_dir", tmp_path / "of-two")
-    for _ in range(2):  # the second time from what rank 0 has kept
-        finish(lambda *given, **how: start(*given, script="evaluate", **how), words, 2)
+    words = ("--clip_model", CLIP, *flags, "--output_dir", tmp_path / "of-two")
+
+    def begin(given, environment, turn):
+        own = {"XDG_CACHE_HOME": str(tmp_path / f"home-{(turn + int(environment['RANK'])) % 2}")}
+        return start(given, script="evaluate", environment=environment | own)
+
+    for turn in range(2):  # the second time on machines of which the other one has kept features
+        finish(functools.partial(begin, turn=turn), words, 2)
         told = json.loads((tmp_path / "of-two" / "metrics.json").read_text())["metrics"]
         for metric in wanted:
             for column, figure in wanted[metric].items():
