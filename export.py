@@ -418,6 +418,8 @@ def kind_of(model):
         if any("lora" in key for key in keys):
             return "adapters"
         return "word" if len(keys) < 3 else "file"
+    if not path.exists() and (path.is_absolute() or len(path.parts) > 2):
+        raise ValueError("there is no such folder or file, and a Hub id has no more than two parts")
     try:
         names = os.listdir(path) if path.is_dir() else [name.split("/")[0] for name in HfApi().list_repo_files(model)]
     except Exception:  # without a network, the cache may have it
@@ -462,7 +464,10 @@ def open_file(model, config):
         keys = {*file.keys()}
     xl = any(key.startswith("conditioner.") for key in keys)
     name = "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
-    pipeline = getattr(diffusers, name).from_single_file(model, config=config, **BARE[name])
+    try:
+        pipeline = getattr(diffusers, name).from_single_file(model, config=config, **BARE[name])
+    except OSError as error:
+        raise ValueError(f"{error} Without a network, --base has to name a folder of its kind, for its configs.")
     set_schedule(pipeline, "v_prediction" if "v_pred" in keys else None, "ztsnr" in keys)
     return pipeline
 

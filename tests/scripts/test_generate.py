@@ -358,7 +358,14 @@ def test_refused(draw, tmp_path, monkeypatch, capsys, flags, said):
     assert re.search(said, f"{end.value} {capsys.readouterr().err}")
 
 
-@pytest.mark.parametrize("model, said", [("nothing", "holds none of"), ("lora", "nothing says what it goes on")])
+@pytest.mark.parametrize(
+    "model, said",
+    [
+        ("nothing", "holds none of"),
+        ("lora", "nothing says what it goes on"),
+        ("gone", "there is no such folder or file"),
+    ],
+)
 def test_models_that_are_none(draw, results, tmp_path, model, said):
     """A folder without a model, and adapters that are alone."""
     (tmp_path / "nothing").mkdir()
@@ -366,3 +373,10 @@ def test_models_that_are_none(draw, results, tmp_path, model, said):
     shutil.copy(results / "lora" / "pytorch_lora_weights.safetensors", tmp_path / "lora")
     with pytest.raises(SystemExit, match=said):
         draw("out", "--prompt", "x", model=tmp_path / model)
+
+
+def test_a_file_without_its_configs(draw, tiny_model, tmp_path):
+    """Without a network, a single file needs a folder of its kind, and the sentence says so."""
+    file = save_single_file(tiny_model, tmp_path / "model.safetensors")
+    with pytest.raises(SystemExit, match="--base has to name a folder of its kind"):
+        draw("out", "--prompt", "x", model=file)
