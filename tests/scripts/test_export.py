@@ -59,7 +59,7 @@ def results(tiny_model, pictures, tmp_path_factory):
     lora = ("--rank", 3, "--lora_alpha", 6, "--lora_target_modules", "all", "--train_text_encoder")
     for name, more in (("lora", ()), ("dora", ("--use_dora",))):
         run(train_lora, *flags_of(tiny_model, pictures, folder / name, *SHORT, *lora, *more, "--output_kohya_format"))
-    v = ("--prediction_type", "v_prediction", "--use_ema")
+    v = ("--prediction_type", "v_prediction", "--use_ema", "--max_train_steps", 2)
     run(train_text_to_image, *flags_of(tiny_model, pictures, folder / "whole", *SHORT, *v))
     word = ("--placeholder_token", WORD, "--initializer_token", "red")
     run(textual_inversion, *flags_of(tiny_model, pictures, folder / "word", *SHORT, *word))
@@ -101,13 +101,13 @@ def test_what_a_file_says(base, family, tmp_path):
     assert told["modelspec.prediction_type"] in ("epsilon", "v") and len(told["modelspec.date"]) == 10
 
 
-def test_v_prediction_is_marked(results, tmp_path):
+def test_v_prediction_is_marked(results, tiny_model, tmp_path):
     """The two keys that A1111, ComfyUI and our own scripts read."""
     run(export, results / "whole", tmp_path / "v.safetensors")
     assert "v_pred" in load_file(tmp_path / "v.safetensors") and "ztsnr" not in load_file(tmp_path / "v.safetensors")
     assert told_by(tmp_path / "v.safetensors")["modelspec.prediction_type"] == "v"
     assert told_by(tmp_path / "v.safetensors")["modelspec.resolution"] == "32x32"  # the run's
-    read, _ = generate.open_model([str(tmp_path / "v.safetensors")], str(results / "whole"), [1.0])
+    read, _ = generate.open_model([str(tmp_path / "v.safetensors")], str(tiny_model), [1.0])
     assert read.scheduler.config.prediction_type == "v_prediction"
     assert (picture(read) == picture(DiffusionPipeline.from_pretrained(results / "whole"))).all()
 
@@ -157,7 +157,7 @@ def test_names_of_the_vae():
 
 def test_a_checkpoint(results, tmp_path):
     """Its weights, or by a flag their average, on the base of its run."""
-    checkpoint = results / "whole" / "checkpoint-1"
+    checkpoint = results / "whole" / "checkpoint-2"
     for part, flags in (("unet", ()), ("unet_ema", ("--use_ema",))):
         run(export, checkpoint, tmp_path / part, *flags)
         wanted = load_file(checkpoint / part / "diffusion_pytorch_model.safetensors")
@@ -186,6 +186,15 @@ def test_precisions(tiny_model, tmp_path, capsys):
     assert {"vocab.json", "merges.txt"} <= {*os.listdir(tmp_path / "half" / "tokenizer")}
     loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "half").to(torch.float32)
     assert abs(picture(loaded) - picture(StableDiffusionPipeline.from_pretrained(tiny_model))).max() < 0.02
+
+
+def test_a_file_becomes_a_folder(tiny_model, tmp_path):
+    """With the names that all published folders have."""
+    run(export, tiny_model, tmp_path / "model.safetensors")
+    run(export, tmp_path / "model.safetensors", tmp_path / "folder", "--base", tiny_model)
+    files = [place / "text_encoder" / "model.safetensors" for place in (tiny_model, tmp_path / "folder")]
+    before, after = map(load_file, files)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_model_of_pixels(results, tmp_path):
@@ -323,7 +332,11 @@ def test_a_disk_that_is_full(tiny_model, tmp_path, monkeypatch):
     def full(*args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(export, "save_file", full)
+    def half(tensors, path, metadata):
+        path.write_bytes(b"half")
+        full()
+
+    monkeypatch.setattr(export, "save_file", half)
     monkeypatch.setattr(StableDiffusionPipeline, "save_pretrained", full)
     for name in ("file.safetensors", "folder"):
         with pytest.raises(SystemExit, match=f"{name} cannot be written: No space left"):
