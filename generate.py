@@ -279,6 +279,15 @@ def missing_jobs(folder, jobs, settings):
     return missing
 
 
+def end_if_asked(state, stop):
+    """Ends the process if a signal came."""
+    if stop:
+        if state.is_main_process:
+            name = signal.Signals(stop[0]).name
+            print(f"Stopped by {name}. The same command draws what is missing.", file=sys.stderr)
+        raise SystemExit(128 + stop[0])
+
+
 def draw_missing(args, state, models, folder, stop):
     """Draws what a folder lacks of the jobs, ranks by turns; returns how many pictures that is."""
     try:
@@ -286,9 +295,10 @@ def draw_missing(args, state, models, folder, stop):
         settings = prepare(args, pipeline, scales, state.device)
     except Exception as error:  # diffusers raises nearly anything over files that it cannot use
         raise SystemExit(f"{' '.join(models)} cannot be loaded: {error}")
+    if "prompt" in inspect.signature(pipeline.__call__).parameters and not (args.prompt or args.prompts):
+        raise SystemExit(f"{' '.join(models)} draws from prompts: give --prompt or --prompts.")
     fill_in(args.jobs, pipeline, run_flags(models[0]))
-    if stop:  # it came while the model was loaded
-        raise SystemExit(128 + stop[0])
+    end_if_asked(state, stop)  # as the model was loaded
     # Rank 0 alone looks, before any draws: others would find what has been drawn since.
     missing = broadcast_object_list([missing_jobs(folder, args.jobs, settings) if state.is_main_process else None])[0]
     batches = []
@@ -299,8 +309,7 @@ def draw_missing(args, state, models, folder, stop):
     for jobs in tqdm(mine, "drawing", disable=not state.is_main_process):
         for job, image in zip(jobs, draw(pipeline, jobs)):
             save_picture(image, folder / job["file_name"], job, settings)
-        if stop:
-            raise SystemExit(128 + stop[0])
+        end_if_asked(state, stop)
     return len(missing)
 
 
@@ -357,7 +366,7 @@ def main(args):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, ask_to_stop)
     started = time.perf_counter()
-    count = sum(draw_missing(args, state, models[folder.name], folder, stop) for folder in folders)
+    drawn = sum(draw_missing(args, state, models[folder.name], folder, stop) for folder in folders)
     seconds = time.perf_counter() - started
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # else none could end what waits for the others
@@ -366,8 +375,10 @@ def main(args):
         for folder in folders:
             write_metadata(folder, args.jobs)
         write_grid(folders, args.jobs, Path(args.output_dir, "grid.png"))
-        speed = f"{count / seconds:.2f} a second with loading, on {state.num_processes} processes"
-        print(f"{count} pictures drawn in {seconds:.1f} s ({speed}). All are in {' and '.join(map(str, folders))}.")
+        speed = f"{drawn / seconds:.2f} a second with loading, on {state.num_processes} processes"
+        there = len(folders) * len(args.jobs) - drawn
+        print(f"{drawn} pictures drawn in {seconds:.1f} s ({speed}); {there} were there already.")
+        print(f"All are in {' and '.join(map(str, folders))}.")
     state.destroy_process_group()
 
 

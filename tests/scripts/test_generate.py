@@ -109,6 +109,7 @@ def test_a_signal_ends_it_after_the_picture(start, draw, tiny_model, tmp_path):
     process.until(lambda: len(list((tmp_path / "out").glob("pictures/*.png"))) > 1)
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(20) == 143
+    assert "Stopped by SIGTERM. The same command draws what is missing." in process.output()
     drawn = state_of(tmp_path / "out" / "pictures")
     assert 1 < len(drawn) < 40 and not any(name.endswith(".tmp") for name in drawn)
     assert drawn.items() <= state_of(draw("out", *flags) / "pictures").items()
@@ -252,22 +253,26 @@ def test_a_controlnet(draw, tiny_model, tmp_path):
 
 
 def test_a_model_of_edits(draw, tiny_model, tmp_path):
-    """A pipeline with 8 channels takes --image, and keeps its size."""
+    """A pipeline with 8 channels takes a picture and keeps its size, also of pictures of unlike sizes in a batch."""
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
     pipeline.unet = UNet2DConditionModel.from_config({**pipeline.unet.config, "in_channels": 8})
     parts = {**pipeline.components, "image_encoder": None}
     whole = StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
     whole.save_pretrained(tmp_path / "edits")
-    Image.effect_noise((48, 32), 80).convert("RGB").save(tmp_path / "given.png")
-    out = tmp_path / "out"
-    flags = ("--model", tmp_path / "edits", "--image", tmp_path / "given.png", "--prompt", "make it red", *FEW)
-    run(generate, *flags, "--output_dir", out)
-    (drawn,) = pixels(out / "pictures").values()
+    sizes = ((48, 32), (32, 48), (48, 32))
+    for i, size in enumerate(sizes):
+        Image.effect_noise(size, 80).convert("RGB").save(tmp_path / f"{i}.png")
+    rows = [{"prompt": "make it red", "image": str(tmp_path / f"{i}.png")} for i in range(3)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--model", tmp_path / "edits", "--prompts", tmp_path / "p.jsonl", "--batch_size", 3, *FEW)
+    run(generate, *flags, "--output_dir", tmp_path / "out")
+    drawn = pixels(tmp_path / "out" / "pictures").values()
     whole.set_progress_bar_config(disable=True)
-    seed = generate.noise_seed({"seed": 0, "prompt": "make it red", "number": 0})
-    given = {"image": Image.open(tmp_path / "given.png"), "generator": torch.Generator().manual_seed(seed)}
-    wanted = np.asarray(whole("make it red", num_inference_steps=2, **given).images[0])
-    assert drawn.shape == (32, 48, 3) and (drawn == wanted).all()
+    for number, (picture, size, row) in enumerate(zip(drawn, sizes, rows, strict=True)):
+        seed = generate.noise_seed({"seed": 0, "prompt": "make it red", "number": number})
+        given = {"image": Image.open(row["image"]), "generator": torch.Generator().manual_seed(seed)}
+        wanted = np.asarray(whole("make it red", num_inference_steps=2, **given).images[0]).astype(int)
+        assert picture.shape == (*size[::-1], 3) and abs(picture - wanted).max() <= 2
 
 
 def test_a_checkpoint(draw, results, tiny_model):
@@ -332,6 +337,7 @@ def test_files_of_prompts(draw, tiny_model, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, said",
     [
+        ("--seed 1", "draws from prompts: give --prompt or --prompts"),
         ("--prompts none.txt", "none.txt cannot be read: .*No such file"),
         ("--prompts empty.txt", "empty.txt holds no prompt"),
         ("--prompts a.odt", "'.odt' is no ending that is read"),
