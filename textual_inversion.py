@@ -132,7 +132,8 @@ def add_stable_diffusion_flags(parser):
     add("--pretrained_model_name_or_path", type=path_name, required=True, help=base)
     add("--pretrained_vae_model_name_or_path", type=path_name, help=vae)
     add("--single_file_config", type=path_name, help=config)
-    add("--resolution", type=positive_int, help="side of the square pictures in pixels (1024 for SDXL, 512 otherwise)")
+    side = "side of the square pictures in pixels (if none: 1024 for SDXL, 512 otherwise)"
+    add("--resolution", type=positive_int, help=side)
     add("--rescale_betas_zero_snr", **switch, help="end the noise schedule in noise alone (arXiv:2305.08891)")
     add("--validation_prompts", nargs="+", help="prompts of the sample grids")
     add("--validation_prompt", help="prompt of the sample grids")
@@ -179,7 +180,8 @@ def stable_diffusion_problems(args):
 #   add_flags(parser)
 #       adds the flags that not every script has; --pretrained_model_name_or_path and --resolution have to be there
 #   check_flags(args) -> list
-#       what can be wrong with those: (whether it is wrong, the sentence to say) [[]]; it may fill in what is None
+#       what can be wrong with those: (whether it is wrong, the sentence to say) [[]]; it may fill in what is None,
+#       or say it in other flags
 
 
 def bounded(text, kind, low, high=sys.float_info.max):
@@ -585,6 +587,8 @@ PUBLISHED = ["README.md", "model_index.json"]
 PUBLISHED += [f"{folder}/{name}" for folder, names in FOLDERS.items() for name in names.split()]
 PUBLISHED += [f"learned_embeds{name}.safetensors" for name in ("", "_2", "_xl", "-steps-[0-9]*", "_2-steps-[0-9]*")]
 CARD = {"pipeline_tag": "text-to-image", "tags": ["stable-diffusion", "textual_inversion"]}
+ENCODED = ("",)
+INPUT_CHANNELS = (4,)
 # What the pictures are said to be, with the new word for {}.
 CAPTIONS = {
     "object": (
@@ -753,10 +757,10 @@ def after_step(run, models):
 # What is generated and saved
 
 
-def sample_pictures(run, models, prompts, generators):
+def sample_pictures(run, models, places, generators):
     """Generates validation pictures."""
-    scheduler = models.pipeline.scheduler
-    return [draw_picture(run, models, prompt, generator, scheduler) for prompt, generator in zip(prompts, generators)]
+    prompts, scheduler = picture_prompts(run.args), models.pipeline.scheduler
+    return [draw_picture(run, models, prompts[i], generator, scheduler) for i, generator in zip(places, generators)]
 
 
 def learned_embeds(models):
@@ -836,11 +840,16 @@ def loading_code(run, models, name):
 #
 #   choose_caption(samples, key) -> text
 #       the caption that a sample is trained under [draw_caption(samples, key)]
+#   ENCODED
+#       which pictures of a record the VAE encodes: "" is its own, others are named [("",)]
+#   INPUT_CHANNELS
+#       of the UNets that are trained [(4,)]
 #   cache_folder(args) -> path
 #       where latents and embeddings are kept [Flags]
 #
-# What it offers: read_folder, caption_list; picture_and_caption; load_base; encode_batch; draw_picture; base_code,
-# save_pipeline; and three of the engine's hooks, fill_cache, picture_prompts and SAMPLED_AT_ONCE.
+# What it offers: read_folder, caption_list; picture_and_caption, latents_or_pixels; load_base; encode_batch,
+# encode_pixels; draw_picture, pipeline_of; base_code, save_pipeline; and three of the engine's hooks, fill_cache,
+# picture_prompts and SAMPLED_AT_ONCE.
 
 
 SAMPLER_STEPS = 25  # of a validation picture
@@ -873,8 +882,8 @@ def read_json_lines(lines):
             raise ValueError(f"{error.msg} at character {error.pos} of line {number}")
 
 
-def read_metadata(file, caption_column):
-    """Returns the captions of a metadata.jsonl or metadata.csv by picture, a list each."""
+def read_metadata(file, caption_column, others, image_column):
+    """Returns what a metadata.jsonl or metadata.csv says by picture: captions, and (column, path) of its others."""
     try:
         with open(file, newline="", encoding="utf-8-sig") as lines:
             rows = list(
@@ -883,25 +892,42 @@ def read_metadata(file, caption_column):
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError("each line has to be an object, {...}")
         columns = list(dict.fromkeys(column for row in rows for column in row))
-        for column in ("file_name", caption_column):
+        own = "file_name"
+        for name in (image_column, f"{image_column}_file_name") if others else ():  # that of a pair has a name, too
+            own = name if name in columns else own
+        for column in (own, caption_column):
             if column not in columns:
-                hint = "it needs one, and commas between columns" if column == "file_name" else "see --caption_column"
+                hint = "it needs one, and commas between columns" if column == own else "name another by its flag"
                 raise SystemExit(f"{file} has no column {column!r}, but {columns}: {hint}.")
-        captions = {}
+        for column in others:
+            if not {column, f"{column}_file_name"} & {*columns}:
+                raise SystemExit(f"{file} has no column {column}_file_name, but {columns}: name another by its flag.")
+        told = {}
         for row in rows:  # several for a picture are several captions
             if None in row:
                 raise ValueError(f"the row {row} has more cells than the header: quote captions that have commas")
-            name = row.get("file_name")
+            name = row.get(own)
             if not isinstance(name, str) or "\0" in name:
                 raise ValueError(f"the row {row} names no file")
-            captions.setdefault(file.parent / name, []).extend(caption_list(row.get(caption_column)))
-        return captions
+            captions, paths = told.setdefault(file.parent / name, ([], []))
+            captions.extend(caption_list(row.get(caption_column)))
+            for column in others:
+                path = row.get(f"{column}_file_name") or row.get(column)
+                if path and "\0" in path:
+                    raise ValueError(f"the row {row} names no file")
+                if path:
+                    paths.append((column, file.parent / path))
+        return told
     except (OSError, ValueError, TypeError, LookupError, AttributeError, csv.Error) as error:
         raise SystemExit(f"{file} cannot be read: {error}")
 
 
-def read_folder(files, caption_column):
-    """Lists the pictures among some files with the captions that metadata files or .txt files beside them give."""
+def read_folder(files, caption_column, others=(), image_column="image"):
+    """Lists the pictures among some files with the captions that metadata files or .txt files beside them give.
+
+    others: columns of metadata that name further pictures, which go with a picture and are not trained on alone. The
+    picture's own column then is image_column_file_name, image_column or file_name.
+    """
     real_path = functools.cache(os.path.realpath)
 
     def full_path(file):  # whatever names its folder has; é is one letter, or two as on macOS
@@ -910,15 +936,24 @@ def read_folder(files, caption_column):
 
     pictures = [file for file in files if is_picture(file)]
     by_full_path = {full_path(file): file for file in pictures}
-    captions, problems = {file: [] for file in pictures}, {}
+    captions, problems, pairs = {file: [] for file in pictures}, {}, {}
     metadata = [file for file in files if file.name.lower() in ("metadata.jsonl", "metadata.csv")]
+
+    def listed(path):
+        return path if path in captions else by_full_path.get(full_path(path), path)
+
     for file in metadata:
-        for path, texts in read_metadata(file, caption_column).items():
-            named = path if path in captions else by_full_path.get(full_path(path), path)
-            captions.setdefault(named, []).extend(texts)
+        for path, (texts, paths) in read_metadata(file, caption_column, others, image_column).items():
+            captions.setdefault(listed(path), []).extend(texts)
+            beside = pairs.setdefault(listed(path), {})
+            for column, other in paths:
+                if beside.setdefault(column, listed(other)) != listed(other):
+                    raise SystemExit(f"{path} has two pictures in {column}: copy it under another name.")
     read = {*captions, *metadata}
+    for file in {other for paths in pairs.values() for other in paths.values()} - pairs.keys():
+        captions.pop(file, None)
     caption_files = {full_path(file.with_suffix("")): file for file in files if file.suffix.lower() == ".txt"}
-    for file in pictures:
+    for file in captions.keys() & {*pictures}:
         beside = caption_files.get(full_path(file.with_suffix("")))
         if beside and not captions[file]:
             read.add(beside)
@@ -927,10 +962,23 @@ def read_folder(files, caption_column):
             except (OSError, ValueError) as error:
                 problems[file] = f"has a caption in {beside.name} that cannot be read: {error}"
     print_passed_over(files, read)
-    return [
-        {"name": str(file), "rows": None, "captions": captions[file], "problem": problems.get(file)}
-        for file in sorted(captions)
-    ]
+    records = []
+    for file in sorted(captions):
+        record = {"name": str(file), "rows": None, "captions": captions[file], "problem": problems.get(file)}
+        if others:
+            record["others"] = {column: other_record(path) for column, path in pairs.get(file, {}).items()}
+            missing = [column for column in others if column not in record["others"]]
+            if missing and not record["problem"]:
+                record["problem"] = f"has no picture {missing[0]} in the metadata"
+            if file in pairs.get(file, {}).values():
+                record["problem"] = "goes with itself in the metadata"
+        records.append(record)
+    return records
+
+
+def other_record(path):
+    """Returns the record of a file that goes with a picture."""
+    return {"name": str(path), "rows": None}
 
 
 def read_caption(file):
@@ -980,15 +1028,19 @@ def picture_and_caption(samples, key):
     time_ids = [file_height, file_width, crop.top, left, side, side]
     sample = {"caption": caption, "time_ids": np.array(time_ids, dtype=np.float32)}
     sample["posterior_noise"] = samples.rng(key, "posterior").standard_normal(samples.sample_shape, dtype=np.float32)
-    if crop in samples.cached_latents:
-        sample.update(load_file(samples.cached_latents[crop]))
-    else:
-        sample["pixel_values"] = samples.pixels(crop)
+    sample.update(latents_or_pixels(samples, crop))
     if caption in samples.cached_embeddings:
         sample.update(load_file(samples.cached_embeddings[caption]))
     else:
         sample["input_ids"] = tokenize(samples.tokenizers, caption)
     return sample
+
+
+def latents_or_pixels(samples, crop):
+    """Returns the "mean" and "std" of a crop's latents if they are cached, or its "pixel_values"."""
+    if crop in samples.cached_latents:
+        return load_file(samples.cached_latents[crop])
+    return {"pixel_values": samples.pixels(crop)}
 
 
 # The base model
@@ -1012,10 +1064,13 @@ def open_folder(args, parts):
 
 
 def open_variant(args, parts, variant):
-    """Opens one variant of such a base in float32, as the pipeline that its model_index.json names."""
+    """Opens one variant of such a base in float32, as the pipeline that its model_index.json names.
+
+    One that edits pictures has the same parts, and its UNet says what it is.
+    """
     base = args.pretrained_model_name_or_path
     config = DiffusionPipeline.load_config(base, revision=args.revision, cache_dir=args.cache_dir)
-    name = config["_class_name"]
+    name = config["_class_name"].replace("InstructPix2Pix", "")
     if name not in PIPELINES:
         raise SystemExit(f"{base} is a {name}, and this script trains {' and '.join(PIPELINES)}.")
     pipeline = getattr(diffusers, name).from_pretrained(
@@ -1110,7 +1165,7 @@ def check_parts(pipeline, single_file):
 def check_family(base, pipeline):
     """Refuses models that draw by other means than Stable Diffusion 1.x, 2.x and XL: inpainting, refiners, EDM."""
     unet = pipeline.unet.config
-    known = {unet.in_channels, pipeline.vae.config.latent_channels} == {4}
+    known = unet.in_channels in INPUT_CHANNELS and pipeline.vae.config.latent_channels == 4
     known &= unet.addition_embed_type in (None, "text_time") and pipeline.text_encoder is not None
     if not known or "EDM" in type(pipeline.scheduler).__name__:
         sentence = "is no text-to-image model of Stable Diffusion 1.x, 2.x or XL; this script trains those."
@@ -1228,10 +1283,17 @@ def save_pipeline(pipeline, folder):
             Path(folder, part, "added_tokens.json").write_text(json.dumps(tokenizer.get_added_vocab()))
 
 
-def draw_picture(run, models, prompt, generator, scheduler):
-    """Generates a picture. Of what no step needs, the device holds the VAE for its turn, and no text encoder.
+def pipeline_of(kind, pipeline, **changes):
+    """Returns a pipeline of some kind with what it takes of another one's parts and settings, and with changes."""
+    given = {**pipeline.config, **pipeline.components, **PIPELINES[type(pipeline).__name__], **changes}
+    return kind(**{name: given[name] for name in inspect.signature(kind).parameters if name in given})
 
-    These encode where they lie, on the CPU, once for each prompt.
+
+def draw_picture(run, models, prompt, generator, scheduler, kind=None, more=(), **given):
+    """Generates a picture, or has a pipeline of another kind do so, with more parts, and with what else it takes.
+
+    Of what no step needs, the device holds the VAE for its turn, and no text encoder. These encode where they lie, on
+    the CPU, once for each prompt.
     """
     device, pipeline, vae = run.accelerator.device, models.pipeline, models.vae
     idle = models.text_encoders[0] in models.idle
@@ -1245,17 +1307,16 @@ def draw_picture(run, models, prompt, generator, scheduler):
         if idle:
             models.encoded_prompts[prompt] = conditioning
     apart = dict.fromkeys(part for part in TEXT_ENCODERS if part in pipeline.components)
-    parts = {**pipeline.components, **PIPELINES[type(pipeline).__name__], **apart, "scheduler": scheduler}
-    sampler = type(pipeline)(**parts)
+    sampler = pipeline_of(kind or type(pipeline), pipeline, **apart, **dict(more), scheduler=scheduler)
     sampler.set_progress_bar_config(disable=True)
+    if "height" in inspect.signature(sampler.__call__).parameters:  # others go by the picture that they are given
+        given |= {"height": run.resolution, "width": run.resolution}
     vae.to(device)
     if run.resolution > 1024:  # which would take more memory than training
         vae.enable_tiling()
-    side, steps = run.resolution, min(SAMPLER_STEPS, len(models.noise_scheduler.betas))
+    steps = min(SAMPLER_STEPS, len(models.noise_scheduler.betas))
     try:
-        pictures = sampler(
-            **conditioning, height=side, width=side, num_inference_steps=steps, generator=generator
-        ).images
+        pictures = sampler(**conditioning, **given, num_inference_steps=steps, generator=generator).images
     finally:
         vae.disable_tiling()
         vae.to("cpu" if vae in models.idle else device)
@@ -1375,17 +1436,18 @@ def plan_cache(run, samples, keys, count, frozen_text):
     """
     args, side = run.args, samples.resolution
     all_captions = {caption for record in samples.records for caption in record["captions"]} if frozen_text else set()
-    empty = vars(args).get("proportion_empty_prompts")
+    empty = vars(args).get("proportion_empty_prompts") or vars(args).get("conditioning_dropout_prob")
     if frozen_text and empty:
         all_captions = {""} if empty == 1 else all_captions | {""}
     number_of_crops = len(samples)
     if not args.center_crop:
         sizes = [samples.choose_crop((0, index)) for index in range(len(samples))]
         number_of_crops = sum((crop.width - side + 1) * (crop.height - side + 1) for crop in sizes)
-    number_of_crops *= 2 if args.random_flip else 1
+    number_of_crops *= (2 if args.random_flip else 1) * len(ENCODED)
     # An entry that is met less than twice, on average, costs more than it spares, unless the next run meets it again.
     most_captions = max(count // 2, SMALL_SET)
-    most_crops = max(count // 2, SMALL_SET) if args.center_crop else min(count // 2, LARGE_SET)
+    pictures = count * len(ENCODED)
+    most_crops = max(pictures // 2, SMALL_SET) if args.center_crop else min(pictures // 2, LARGE_SET)
 
     crops, captions = set(), set()
     for key in tqdm(keys, "planning", count, delay=5, disable=not run.accelerator.is_main_process):
@@ -1394,7 +1456,8 @@ def plan_cache(run, samples, keys, count, frozen_text):
         if run.stop.signum or (crops_are_known and captions_are_known):
             break
         if not crops_are_known:
-            crops.add(samples.choose_crop(key))
+            crop = samples.choose_crop(key)
+            crops.update(crop._replace(of=name) for name in ENCODED)
         if not captions_are_known:
             captions.add(choose_caption(samples, key))
     run.stop.exit_if_asked()
@@ -1413,8 +1476,8 @@ def encoder_setting(run):
 
 def latents_file(run, models, setting, samples, crop):
     """Names the cache entry of a crop, by all that its bits depend on."""
-    picture = (run.resolution, run.args.image_interpolation_mode, samples.records[crop.index]["digest"])
-    name = digest(*setting, models.vae_digest, *picture, crop[1:])
+    picture = (run.resolution, run.args.image_interpolation_mode, samples.picture(crop)["digest"])
+    name = digest(*setting, models.vae_digest, *picture, crop[1:6])
     return cache_folder(run.args) / "latents" / name
 
 
@@ -1452,7 +1515,7 @@ def crop_inputs(samples, crop, files, on_gpu):
     missing = {flip: file for flip, file in files.items() if not entry_is_whole(file)}
     pixels = samples.pixels(crop)[None] if missing else None
     inputs = {file: pixels.flip(-1) if flip else pixels for flip, file in missing.items()}
-    name = samples.records[crop.index]["name"]
+    name = samples.picture(crop)["name"]
     return {file: (name, (pixels.pin_memory() if on_gpu else pixels,)) for file, pixels in inputs.items()}
 
 
@@ -1527,8 +1590,8 @@ def fill_entries(run, models, jobs):
 #       where checks of pictures are kept [Flags]
 #   read_records(args) -> records
 #       the pictures, each {"name": path, "rows": None, "captions": [text, ...]}; of a data set, "rows" is that, and
-#       "row" the number in it. A "problem" says why a picture cannot be used. The engine adds "digest" and "size"
-#       (w, h).
+#       "row" the number in it. A "problem" says why a picture cannot be used. "others" are pictures of the same shape
+#       that go with it, by name. The engine adds "digest" and "size" (w, h).
 #   class_records(run) -> records
 #       checked pictures of a subject's class; in a batch each picture is followed by one of them [[], or Prior
 #       preservation]
@@ -1550,8 +1613,8 @@ def fill_entries(run, models, jobs):
 #       whatever else follows an optimizer step, on all ranks [None]
 #   picture_prompts(args) -> prompts
 #       of the validation pictures, one each [[], or Stable Diffusion]
-#   sample_pictures(run, models, prompts, generators) -> PIL images
-#       generates validation pictures
+#   sample_pictures(run, models, places, generators) -> PIL images
+#       generates validation pictures, by the places of their prompts among picture_prompts
 #   SAMPLED_AT_ONCE
 #       how many of them at most [1, or Stable Diffusion]
 #   save_weights(models, folder)
@@ -1564,7 +1627,7 @@ def fill_entries(run, models, jobs):
 #       the lines that load the result by its name, and make a picture
 #
 # What it offers them: list_files, is_picture, print_passed_over, digest, file_state, model_settings, weights_digest,
-# replace_file; samples.rng, .choose_crop, .pixels; prepare_unet, prepare_average, make_optimizer; autocast,
+# replace_file; samples.rng, .choose_crop, .picture, .pixels; prepare_unet, prepare_average, make_optimizer; autocast,
 # prediction_target, snr_weights; together, on_main_process, save_result.
 
 
@@ -1812,6 +1875,7 @@ class Crop(typing.NamedTuple):
     left: int
     top: int
     flip: bool
+    of: str = ""  # which of the pictures that go with it is meant, if not the picture itself
 
 
 class Samples(torch.utils.data.Dataset):
@@ -1845,10 +1909,19 @@ class Samples(torch.utils.data.Dataset):
         flip = self.args.random_flip and bool(self.rng(key, "flip").random() < 0.5)
         return Crop(index, width, height, left, top, flip)
 
-    def pixels(self, crop):
-        """Resizes, crops and flips a picture to float32 in [-1, 1], shape (3, resolution, resolution)."""
-        resample = Image.Resampling[self.args.image_interpolation_mode.removesuffix("_exact").upper()]
-        record, side = self.records[crop.index], self.resolution
+    def picture(self, crop):
+        """Returns the record of the picture that a crop is of."""
+        record = self.records[crop.index]
+        return record["others"][crop.of] if crop.of else record
+
+    def pixels(self, crop, interpolation=None):
+        """Resizes, crops and flips a picture to float32 in [-1, 1], shape (3, resolution, resolution).
+
+        interpolation is the filter, if not --image_interpolation_mode.
+        """
+        interpolation = interpolation or self.args.image_interpolation_mode
+        resample = Image.Resampling[interpolation.removesuffix("_exact").upper()]
+        record, side = self.picture(crop), self.resolution
         data = read_bytes(record)
         if digest(data) != record["digest"]:
             raise OSError(f"{record['name']} is not what it was when it was checked")
@@ -1984,9 +2057,9 @@ def open_image(data):
 
 
 def caption_problem(record):
-    """Returns in words what is wrong with a record's captions, or None."""
-    if record.get("problem"):
-        return record["problem"]
+    """Returns in words what is wrong with a record's captions, or None; a picture that goes with one has none."""
+    if record.get("problem") or "captions" not in record:
+        return record.get("problem")
     if not record["captions"]:
         return "has no caption"
     if re.search("[\0\ud800-\udfff]", "".join(record["captions"])):
@@ -2048,20 +2121,50 @@ def check_records(run, records):
     rows, folder = records[0]["rows"], str(Path(records[0]["name"]).absolute().parent)
     manifest = cache_folder(run.args) / "checked" / digest(folder if rows is None else rows._fingerprint)
     known = together(read_manifest, manifest, on=main_process, folder=manifest.parent)
-    stamps = gather_object([[stamp(record) for record in records]])[0]  # rank 0's: its copies may have other times
-    found = check_new(run, records, [i for i in range(len(records)) if stamps[i] not in known])
-    bad = {i: found[i] for i in sorted(found) if isinstance(found[i], str)}
-    for i in found.keys() - bad.keys():
-        known[stamps[i]] = found[i]
+    pictures = records + [other for record in records for other in record.get("others", {}).values()]
+    stamps = gather_object([[stamp(picture) for picture in pictures]])[0]  # rank 0's: its copies may have other times
+    places = {stamps[i]: i for i in reversed(range(len(pictures)))}  # a picture that goes with several counts once
+    found = check_new(run, pictures, sorted(i for name, i in places.items() if name not in known))
+    for i in found:
+        if not isinstance(found[i], str):
+            known[stamps[i]] = found[i]
     if not run.args.no_encoding_cache:
         text = json.dumps({name: known[name] for name in stamps if name in known})
         text = f"{zlib.crc32(text.encode())}\n{text}"
         together(replace_file, manifest, text.encode(), on=main_process, folder=manifest.parent)
     run.stop.exit_if_asked()
+    findings = iter([known.get(name, found.get(places[name])) for name in stamps])
+    checked = [with_finding(record, next(findings)) for record in records]
+    bad = {}
+    for i, record in enumerate(checked):
+        others = {name: with_finding(other, next(findings)) for name, other in record.get("others", {}).items()}
+        if others:
+            record["others"] = others
+        if problem := record.get("problem") or pair_problem(record):
+            bad[i] = problem
     if bad:
         report_bad(run, records, bad)
-    good = [i for i in range(len(records)) if i not in bad]
-    return [{**records[i], "digest": known[stamps[i]][0], "size": known[stamps[i]][1:]} for i in good]
+    return [record for i, record in enumerate(checked) if i not in bad]
+
+
+def with_finding(record, finding):
+    """Returns a record with its "digest" and "size", or with a "problem", as check_record found."""
+    if isinstance(finding, str):
+        return {**record, "problem": finding}
+    return {**record, "digest": finding[0], "size": finding[1:]}
+
+
+def pair_problem(record):
+    """Returns in words what is wrong with the pictures that go with a checked one, or None."""
+    width, height = record["size"]
+    for name, other in record.get("others", {}).items():
+        if other.get("problem"):
+            return f"goes with {name} {other['name']}, which {other['problem']}"
+        other_width, other_height = other["size"]
+        # Within a pixel of the smaller one.
+        if abs(width * other_height - height * other_width) > max(width, height, other_width, other_height):
+            sizes = f"is {width} x {height}, and its {name} {other['name']} is {other_width} x {other_height}"
+            return f"{sizes}: give both the same shape"
 
 
 def check_new(run, records, new):
@@ -2200,7 +2303,7 @@ def averaged_weights(models):
 def load_average(models, folder):
     """Reads a checkpoint's average of the weights, if there is one."""
     if models.ema_unet is not None:
-        saved = type(models.pipeline.unet).from_pretrained(folder / "unet_ema", use_safetensors=True)
+        saved = models.ema_unet.model_cls.from_pretrained(folder / "unet_ema", use_safetensors=True)
         models.ema_unet.optimization_step = saved.config.optimization_step
         for shadow, parameter in zip(models.ema_unet.shadow_params, saved.parameters()):
             shadow.copy_(parameter)
@@ -2262,15 +2365,14 @@ def validation_pictures(run, models):
     """Generates this rank's share of the validation pictures: pairs of a prompt's place and its picture."""
     accelerator, images = run.accelerator, []
     models.pipeline.set_progress_bar_config(disable=True)
-    prompts = list(enumerate(picture_prompts(run.args)))
-    mine = prompts[accelerator.process_index :: accelerator.num_processes]
+    mine = range(len(picture_prompts(run.args)))[accelerator.process_index :: accelerator.num_processes]
     hook = models.pipeline.unet.register_forward_pre_hook(functools.partial(give_up_at_a_signal, run))
     turns = range(0, len(mine), SAMPLED_AT_ONCE)
     with contextlib.suppress(SamplingStopped):
         for first in tqdm(turns, "sampling", leave=False, disable=not accelerator.is_main_process):
-            places, texts = zip(*mine[first : first + SAMPLED_AT_ONCE])
+            places = mine[first : first + SAMPLED_AT_ONCE]
             generators = [torch.Generator().manual_seed(place) for place in places]
-            images += zip(places, sample_pictures(run, models, texts, generators))
+            images += zip(places, sample_pictures(run, models, places, generators))
     hook.remove()
     return images
 
@@ -2755,13 +2857,19 @@ def begin_run(args, accelerator, stop):
     return Run(args, accelerator, stop, **state), checkpoint, settings
 
 
+def what_is_trained_on(record):
+    """Names a record's pictures and captions."""
+    others = [(name, other["digest"]) for name, other in record.get("others", {}).items()]
+    return (record["digest"], record["captions"], *others)
+
+
 def check_identity(run, models, records, held_out_records):
     """Refuses to go on with another script, base model or data set; notes what they are now."""
     now = {
         "script": Path(__file__).stem,
         **identity(run, models),
-        "data set": digest([(record["digest"], record["captions"]) for record in records]),
-        "held-out data": digest([(record["digest"], record["captions"]) for record in held_out_records]),
+        "data set": digest([*map(what_is_trained_on, records)]),
+        "held-out data": digest([*map(what_is_trained_on, held_out_records)]),
         "prediction type": models.noise_scheduler.config.prediction_type,
         "noise schedule": digest(models.noise_scheduler.alphas_cumprod.numpy()),
         "--use_8bit_adam": run.args.use_8bit_adam,
@@ -3170,10 +3278,13 @@ def print_header(run, models, data):
     free = shutil.disk_usage(args.output_dir).free / 2**30
     batch = f"{args.train_batch_size} x {accelerator.num_processes} processes x {args.gradient_accumulation_steps}"
     pictures = f"{len(data.samples)} to train on, {len(data.held_out)} held out"
+    first = data.samples.records[0]
+    others = " and ".join(f"{name} {other['name']}" for name, other in first.get("others", {}).items())
+    paired = f"pairs      {first['name']} with its {others}, and so on\n" if others else ""
     backend = accelerator.state.dynamo_plugin.backend  # as the launcher is configured
     compiled = "" if backend == DynamoBackend.NO else f", compiled by {backend.value.lower()}"
     accelerator.print(
-        f"pictures   {pictures}, {run.resolution} x {run.resolution}\n"
+        f"pictures   {pictures}, {run.resolution} x {run.resolution}\n{paired}"
         f"batch      {run.total_batch_size} = {batch} accumulated\n"
         f"steps      {run.max_train_steps}, of which {run.global_step} are done; seed {run.seed}\n"
         f"device     {accelerator.device}, precision {accelerator.mixed_precision}{compiled}\n"

@@ -202,10 +202,11 @@ def text_column(rows, flag, column):
     return rows[column][:]
 
 
-def read_rows(args, files, columns):
+def read_rows(args, files, columns, others=None):
     """Lists the rows of a Hub or parquet data set; the pictures stay encoded.
 
     columns: the names of the columns of pictures and, if there are any, of captions, by the flags that gave them.
+    others: those of the columns of pictures that go with them.
     """
     if not find_spec("datasets"):
         raise SystemExit("Data sets of the Hub and parquet files need a library: pip install datasets")
@@ -221,15 +222,24 @@ def read_rows(args, files, columns):
             cache_dir = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, digest(*map(file_state, files)))
             rows = datasets.load_dataset("parquet", data_files=files_by_split, split="train", cache_dir=str(cache_dir))
     except Exception as error:  # anything, from an unknown name to a broken file
-        raise SystemExit(f"The data set {args.dataset_name or files[0].parent} cannot be loaded: {error}")
+        hint = " Take the same data as parquet files or as a folder." if "scripts" in str(error) else ""
+        raise SystemExit(f"The data set {args.dataset_name or files[0].parent} cannot be loaded: {error}{hint}")
     rows._fingerprint = digest(rows._fingerprint, *map(file_state, files))  # else it, too, goes by the time alone
-    for flag, column in columns.items():
+    others = others or {}
+    for flag, column in (columns | others).items():
         if column not in rows.column_names:
             raise SystemExit(f"{flag} {column} is not among the data set's columns {', '.join(rows.column_names)}.")
     image_column, *caption_column = columns.items()
     captions = text_column(rows, *caption_column[0]) if caption_column else [None] * len(rows)
+    beside = {column: picture_column(rows, flag, column) for flag, column in others.items()}
     rows = picture_column(rows, *image_column)
-    return [{"name": f"row {i}", "rows": rows, "row": i, "captions": captions[i]} for i in range(len(rows))]
+    records = [{"name": f"row {i}", "rows": rows, "row": i, "captions": captions[i]} for i in range(len(rows))]
+    for i, record in enumerate(records if others else ()):
+        record["name"] = f"row {i}, {image_column[1]}"
+        record["others"] = {
+            column: {"name": f"row {i}, {column}", "rows": its, "row": i} for column, its in beside.items()
+        }
+    return records
 
 
 # === End of data sets ===
@@ -249,7 +259,8 @@ def read_rows(args, files, columns):
 #   add_flags(parser)
 #       adds the flags that not every script has; --pretrained_model_name_or_path and --resolution have to be there
 #   check_flags(args) -> list
-#       what can be wrong with those: (whether it is wrong, the sentence to say) [[]]; it may fill in what is None
+#       what can be wrong with those: (whether it is wrong, the sentence to say) [[]]; it may fill in what is None,
+#       or say it in other flags
 
 
 def bounded(text, kind, low, high=sys.float_info.max):
@@ -860,10 +871,10 @@ def picture_prompts(args):
     return [""] * args.eval_batch_size
 
 
-def sample_pictures(run, models, prompts, generators):
+def sample_pictures(run, models, places, generators):
     """Generates validation pictures. The prompts are empty."""
     steps = sampling_steps(run.args, models)
-    return models.pipeline(batch_size=len(prompts), generator=generators, num_inference_steps=steps).images
+    return models.pipeline(batch_size=len(places), generator=generators, num_inference_steps=steps).images
 
 
 def sampling_steps(args, models):
@@ -911,8 +922,8 @@ def loading_code(run, models, name):
 #       where checks of pictures are kept [Flags]
 #   read_records(args) -> records
 #       the pictures, each {"name": path, "rows": None, "captions": [text, ...]}; of a data set, "rows" is that, and
-#       "row" the number in it. A "problem" says why a picture cannot be used. The engine adds "digest" and "size"
-#       (w, h).
+#       "row" the number in it. A "problem" says why a picture cannot be used. "others" are pictures of the same shape
+#       that go with it, by name. The engine adds "digest" and "size" (w, h).
 #   class_records(run) -> records
 #       checked pictures of a subject's class; in a batch each picture is followed by one of them [[], or Prior
 #       preservation]
@@ -934,8 +945,8 @@ def loading_code(run, models, name):
 #       whatever else follows an optimizer step, on all ranks [None]
 #   picture_prompts(args) -> prompts
 #       of the validation pictures, one each [[], or Stable Diffusion]
-#   sample_pictures(run, models, prompts, generators) -> PIL images
-#       generates validation pictures
+#   sample_pictures(run, models, places, generators) -> PIL images
+#       generates validation pictures, by the places of their prompts among picture_prompts
 #   SAMPLED_AT_ONCE
 #       how many of them at most [1, or Stable Diffusion]
 #   save_weights(models, folder)
@@ -948,7 +959,7 @@ def loading_code(run, models, name):
 #       the lines that load the result by its name, and make a picture
 #
 # What it offers them: list_files, is_picture, print_passed_over, digest, file_state, model_settings, weights_digest,
-# replace_file; samples.rng, .choose_crop, .pixels; prepare_unet, prepare_average, make_optimizer; autocast,
+# replace_file; samples.rng, .choose_crop, .picture, .pixels; prepare_unet, prepare_average, make_optimizer; autocast,
 # prediction_target, snr_weights; together, on_main_process, save_result.
 
 
@@ -1196,6 +1207,7 @@ class Crop(typing.NamedTuple):
     left: int
     top: int
     flip: bool
+    of: str = ""  # which of the pictures that go with it is meant, if not the picture itself
 
 
 class Samples(torch.utils.data.Dataset):
@@ -1229,10 +1241,19 @@ class Samples(torch.utils.data.Dataset):
         flip = self.args.random_flip and bool(self.rng(key, "flip").random() < 0.5)
         return Crop(index, width, height, left, top, flip)
 
-    def pixels(self, crop):
-        """Resizes, crops and flips a picture to float32 in [-1, 1], shape (3, resolution, resolution)."""
-        resample = Image.Resampling[self.args.image_interpolation_mode.removesuffix("_exact").upper()]
-        record, side = self.records[crop.index], self.resolution
+    def picture(self, crop):
+        """Returns the record of the picture that a crop is of."""
+        record = self.records[crop.index]
+        return record["others"][crop.of] if crop.of else record
+
+    def pixels(self, crop, interpolation=None):
+        """Resizes, crops and flips a picture to float32 in [-1, 1], shape (3, resolution, resolution).
+
+        interpolation is the filter, if not --image_interpolation_mode.
+        """
+        interpolation = interpolation or self.args.image_interpolation_mode
+        resample = Image.Resampling[interpolation.removesuffix("_exact").upper()]
+        record, side = self.picture(crop), self.resolution
         data = read_bytes(record)
         if digest(data) != record["digest"]:
             raise OSError(f"{record['name']} is not what it was when it was checked")
@@ -1368,9 +1389,9 @@ def open_image(data):
 
 
 def caption_problem(record):
-    """Returns in words what is wrong with a record's captions, or None."""
-    if record.get("problem"):
-        return record["problem"]
+    """Returns in words what is wrong with a record's captions, or None; a picture that goes with one has none."""
+    if record.get("problem") or "captions" not in record:
+        return record.get("problem")
     if not record["captions"]:
         return "has no caption"
     if re.search("[\0\ud800-\udfff]", "".join(record["captions"])):
@@ -1432,20 +1453,50 @@ def check_records(run, records):
     rows, folder = records[0]["rows"], str(Path(records[0]["name"]).absolute().parent)
     manifest = cache_folder(run.args) / "checked" / digest(folder if rows is None else rows._fingerprint)
     known = together(read_manifest, manifest, on=main_process, folder=manifest.parent)
-    stamps = gather_object([[stamp(record) for record in records]])[0]  # rank 0's: its copies may have other times
-    found = check_new(run, records, [i for i in range(len(records)) if stamps[i] not in known])
-    bad = {i: found[i] for i in sorted(found) if isinstance(found[i], str)}
-    for i in found.keys() - bad.keys():
-        known[stamps[i]] = found[i]
+    pictures = records + [other for record in records for other in record.get("others", {}).values()]
+    stamps = gather_object([[stamp(picture) for picture in pictures]])[0]  # rank 0's: its copies may have other times
+    places = {stamps[i]: i for i in reversed(range(len(pictures)))}  # a picture that goes with several counts once
+    found = check_new(run, pictures, sorted(i for name, i in places.items() if name not in known))
+    for i in found:
+        if not isinstance(found[i], str):
+            known[stamps[i]] = found[i]
     if not run.args.no_encoding_cache:
         text = json.dumps({name: known[name] for name in stamps if name in known})
         text = f"{zlib.crc32(text.encode())}\n{text}"
         together(replace_file, manifest, text.encode(), on=main_process, folder=manifest.parent)
     run.stop.exit_if_asked()
+    findings = iter([known.get(name, found.get(places[name])) for name in stamps])
+    checked = [with_finding(record, next(findings)) for record in records]
+    bad = {}
+    for i, record in enumerate(checked):
+        others = {name: with_finding(other, next(findings)) for name, other in record.get("others", {}).items()}
+        if others:
+            record["others"] = others
+        if problem := record.get("problem") or pair_problem(record):
+            bad[i] = problem
     if bad:
         report_bad(run, records, bad)
-    good = [i for i in range(len(records)) if i not in bad]
-    return [{**records[i], "digest": known[stamps[i]][0], "size": known[stamps[i]][1:]} for i in good]
+    return [record for i, record in enumerate(checked) if i not in bad]
+
+
+def with_finding(record, finding):
+    """Returns a record with its "digest" and "size", or with a "problem", as check_record found."""
+    if isinstance(finding, str):
+        return {**record, "problem": finding}
+    return {**record, "digest": finding[0], "size": finding[1:]}
+
+
+def pair_problem(record):
+    """Returns in words what is wrong with the pictures that go with a checked one, or None."""
+    width, height = record["size"]
+    for name, other in record.get("others", {}).items():
+        if other.get("problem"):
+            return f"goes with {name} {other['name']}, which {other['problem']}"
+        other_width, other_height = other["size"]
+        # Within a pixel of the smaller one.
+        if abs(width * other_height - height * other_width) > max(width, height, other_width, other_height):
+            sizes = f"is {width} x {height}, and its {name} {other['name']} is {other_width} x {other_height}"
+            return f"{sizes}: give both the same shape"
 
 
 def check_new(run, records, new):
@@ -1584,7 +1635,7 @@ def averaged_weights(models):
 def load_average(models, folder):
     """Reads a checkpoint's average of the weights, if there is one."""
     if models.ema_unet is not None:
-        saved = type(models.pipeline.unet).from_pretrained(folder / "unet_ema", use_safetensors=True)
+        saved = models.ema_unet.model_cls.from_pretrained(folder / "unet_ema", use_safetensors=True)
         models.ema_unet.optimization_step = saved.config.optimization_step
         for shadow, parameter in zip(models.ema_unet.shadow_params, saved.parameters()):
             shadow.copy_(parameter)
@@ -1646,15 +1697,14 @@ def validation_pictures(run, models):
     """Generates this rank's share of the validation pictures: pairs of a prompt's place and its picture."""
     accelerator, images = run.accelerator, []
     models.pipeline.set_progress_bar_config(disable=True)
-    prompts = list(enumerate(picture_prompts(run.args)))
-    mine = prompts[accelerator.process_index :: accelerator.num_processes]
+    mine = range(len(picture_prompts(run.args)))[accelerator.process_index :: accelerator.num_processes]
     hook = models.pipeline.unet.register_forward_pre_hook(functools.partial(give_up_at_a_signal, run))
     turns = range(0, len(mine), SAMPLED_AT_ONCE)
     with contextlib.suppress(SamplingStopped):
         for first in tqdm(turns, "sampling", leave=False, disable=not accelerator.is_main_process):
-            places, texts = zip(*mine[first : first + SAMPLED_AT_ONCE])
+            places = mine[first : first + SAMPLED_AT_ONCE]
             generators = [torch.Generator().manual_seed(place) for place in places]
-            images += zip(places, sample_pictures(run, models, texts, generators))
+            images += zip(places, sample_pictures(run, models, places, generators))
     hook.remove()
     return images
 
@@ -2139,13 +2189,19 @@ def begin_run(args, accelerator, stop):
     return Run(args, accelerator, stop, **state), checkpoint, settings
 
 
+def what_is_trained_on(record):
+    """Names a record's pictures and captions."""
+    others = [(name, other["digest"]) for name, other in record.get("others", {}).items()]
+    return (record["digest"], record["captions"], *others)
+
+
 def check_identity(run, models, records, held_out_records):
     """Refuses to go on with another script, base model or data set; notes what they are now."""
     now = {
         "script": Path(__file__).stem,
         **identity(run, models),
-        "data set": digest([(record["digest"], record["captions"]) for record in records]),
-        "held-out data": digest([(record["digest"], record["captions"]) for record in held_out_records]),
+        "data set": digest([*map(what_is_trained_on, records)]),
+        "held-out data": digest([*map(what_is_trained_on, held_out_records)]),
         "prediction type": models.noise_scheduler.config.prediction_type,
         "noise schedule": digest(models.noise_scheduler.alphas_cumprod.numpy()),
         "--use_8bit_adam": run.args.use_8bit_adam,
@@ -2554,10 +2610,13 @@ def print_header(run, models, data):
     free = shutil.disk_usage(args.output_dir).free / 2**30
     batch = f"{args.train_batch_size} x {accelerator.num_processes} processes x {args.gradient_accumulation_steps}"
     pictures = f"{len(data.samples)} to train on, {len(data.held_out)} held out"
+    first = data.samples.records[0]
+    others = " and ".join(f"{name} {other['name']}" for name, other in first.get("others", {}).items())
+    paired = f"pairs      {first['name']} with its {others}, and so on\n" if others else ""
     backend = accelerator.state.dynamo_plugin.backend  # as the launcher is configured
     compiled = "" if backend == DynamoBackend.NO else f", compiled by {backend.value.lower()}"
     accelerator.print(
-        f"pictures   {pictures}, {run.resolution} x {run.resolution}\n"
+        f"pictures   {pictures}, {run.resolution} x {run.resolution}\n{paired}"
         f"batch      {run.total_batch_size} = {batch} accumulated\n"
         f"steps      {run.max_train_steps}, of which {run.global_step} are done; seed {run.seed}\n"
         f"device     {accelerator.device}, precision {accelerator.mixed_precision}{compiled}\n"
