@@ -299,16 +299,6 @@ def intervals(statistics, *counts):
 # Features
 
 
-def open_picture(file):
-    """Opens a picture as people see it: upright, and on white."""
-    try:
-        with Image.open(file) as opened:
-            picture = ImageOps.exif_transpose(opened).convert("RGBA")
-    except Exception as error:  # Pillow raises nearly anything over broken files
-        raise SystemExit(f"{file} does not open as a picture: {error}")
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-
-
 def load_clip(name, device):
     """Returns a CLIP, a name for its features, and its functions from pictures and from captions to them, (n, d)."""
     try:
@@ -512,7 +502,7 @@ def main(args):
 
 # === Programs: the same in generate.py and evaluate.py ===
 #
-# It asks nothing of the text above. It offers: start_processes, replace_file.
+# It asks nothing of the text above. It offers: start_processes, open_picture, replace_file.
 
 
 def start_processes():
@@ -521,6 +511,23 @@ def start_processes():
     if int(os.environ.get("WORLD_SIZE", 1)) != state.num_processes:  # each would do all
         raise SystemExit("The processes do not know of each other: on CPUs, set ACCELERATE_USE_CPU=true.")
     return state
+
+
+def open_picture(file):
+    """Opens a picture as people see it, and as the training scripts do: upright, on white, of 8 bits a color."""
+    try:
+        with Image.open(file) as opened:
+            picture = ImageOps.exif_transpose(opened)
+        if picture.mode == "F" or picture.mode.startswith("I"):
+            values = np.asarray(picture, dtype=np.float32)
+            unit = 1 / 255 if picture.mode == "F" else 257
+            if picture.mode == "I" and values.max() <= 255:  # 32 bits for values of 8
+                unit = 1
+            picture = Image.fromarray((values / unit).clip(0, 255).round().astype(np.uint8))
+        picture = picture.convert("RGBA")
+    except Exception as error:  # Pillow raises nearly anything over broken files
+        raise SystemExit(f"{file} does not open as a picture: {error}")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
 def replace_file(path, data):

@@ -400,12 +400,15 @@ KINDS = {  # what a folder holds, by the first of these names that is in it
     "pytorch_lora_weights.safetensors": "adapters",
     "learned_embeds.safetensors": "word",
     "unet": "checkpoint",
+    "controlnet": "control",
     "config.json": "part",
 }
 # As the training scripts open a base: without what blackens or marks pictures.
 BARE = {
     "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
     "StableDiffusionXLPipeline": {"add_watermarker": False},
+    "StableDiffusionInstructPix2PixPipeline": {"safety_checker": None, "requires_safety_checker": False},
+    "StableDiffusionXLInstructPix2PixPipeline": {"add_watermarker": False},
 }
 
 
@@ -537,6 +540,14 @@ def add_word(pipeline, model):
         pipeline.load_textual_inversion(model, weight_name=Path(file).name, text_encoder=encoder, tokenizer=tokenizer)
 
 
+def with_inputs(pipeline):
+    """Returns a pipeline that gives its UNet all the channels that it takes: 8 if it edits a picture."""
+    name = type(pipeline).__name__
+    if pipeline.unet.config.in_channels != 8 or "Instruct" in name:
+        return pipeline
+    return getattr(diffusers, name.replace("Pipeline", "InstructPix2PixPipeline")).from_pipe(pipeline)
+
+
 def add_part(pipeline, model, kind, adapters):
     """Puts a part onto a pipeline, and returns that: adapters, a word, or models in the place of the pipeline's."""
     if kind == "adapters":
@@ -547,11 +558,15 @@ def add_part(pipeline, model, kind, adapters):
     elif kind == "checkpoint":  # of a run that trains whole models
         for name in {"unet", "text_encoder", "text_encoder_2"} & {*os.listdir(model)}:
             setattr(pipeline, name, type(getattr(pipeline, name)).from_pretrained(Path(model, name)))
+        return with_inputs(pipeline)
+    elif kind == "control":  # a checkpoint of a ControlNet
+        return add_part(pipeline, Path(model, "controlnet"), "part", adapters)
     elif kind == "part" and class_of(model) == "ControlNetModel":
         controlnet = diffusers.ControlNetModel.from_pretrained(model)
         return diffusers.AutoPipelineForText2Image.from_pipe(pipeline, controlnet=controlnet)
     elif kind == "part":
         pipeline.unet = type(pipeline.unet).from_pretrained(model)
+        return with_inputs(pipeline)
     else:
         raise ValueError(f"{model} is a whole model, and only the first one may be")
     return pipeline
@@ -581,6 +596,8 @@ def open_model(models, base, scales):
         raise ValueError(f"--lora_scale has {len(scales)} numbers, and there are {len(adapters)} adapters")
     if adapters:
         pipeline.set_adapters(adapters, scales)
+    if hasattr(pipeline, "watermark"):  # which a pipeline made of another one's parts may have
+        pipeline.watermark = None
     return pipeline, dict(zip(adapters, scales))
 
 

@@ -49,7 +49,8 @@ import yaml
 # The flags and the prompts
 
 
-NUMBERS = {"seed": int, "num_inference_steps": int, "guidance_scale": float, "height": int, "width": int}
+NUMBERS = {"seed": int, "num_inference_steps": int, "guidance_scale": float, "image_guidance_scale": float}
+NUMBERS |= {"height": int, "width": int}
 COLUMNS = ("prompt", "text", "negative_prompt", "image", *NUMBERS)  # of a file of prompts; text is a prompt, too
 
 
@@ -69,6 +70,7 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="names, with prompt and number, the noise of a picture")
     add("--num_inference_steps", type=int, help="default: the pipeline's")
     add("--guidance_scale", type=float, help="default: the pipeline's")
+    add("--image_guidance_scale", type=float, help="of an editor, how near to --image; default: the pipeline's")
     add("--height", type=int, help="in pixels; default: the run's --resolution, or the pipeline's")
     add("--width", type=int, help="in pixels; default: the run's --resolution, or the pipeline's")
     add("--scheduler", help="a sampler of diffusers, such as DPMSolverMultistepScheduler; default: the model's")
@@ -195,8 +197,16 @@ def prepare(args, pipeline, scales, device):
 
 
 def fill_in(jobs, pipeline, flags):
-    """Gives jobs the settings that were left open: the run's resolution, and the pipeline's own."""
+    """Gives jobs the settings that were left open: the run's resolution, and the pipeline's own.
+
+    What is drawn from a picture has its shape, with the resolution as the shorter side, or else its size.
+    """
     known = inspect.signature(pipeline.__call__).parameters
+    for job in [job for job in jobs if job["image"]]:
+        size = open_picture(job["image"]).size
+        scale = flags["resolution"] / min(size) if flags.get("resolution") else 1
+        for name, length in zip(("width", "height"), size):
+            job[name] = job[name] or max(8, round(length * scale / 8) * 8)
     for name in [name for name in NUMBERS if name in known]:
         usual = known[name].default
         if name in ("height", "width") and usual is None:
@@ -222,7 +232,9 @@ def draw(pipeline, jobs):
     if first["negative_prompt"] is not None:
         given["negative_prompt"] = [job["negative_prompt"] for job in jobs]
     if first["image"]:
-        given["image"] = [Image.open(job["image"]).convert("RGB") for job in jobs]
+        side = (first["width"], first["height"])
+        given["image"] = [open_picture(job["image"]).resize(side, Image.Resampling.LANCZOS) for job in jobs]
+        given = {name: value for name, value in given.items() if name in known or name not in ("width", "height")}
     if unknown := given.keys() - known.keys():
         raise SystemExit(f"A {type(pipeline).__name__} takes no {' and no '.join(sorted(unknown))}.")
     generators = [torch.Generator().manual_seed(noise_seed(job)) for job in jobs]
@@ -238,8 +250,7 @@ def draw(pipeline, jobs):
 def shape_of(job):
     """Returns what the pictures of a batch have in common, as text."""
     alike = [job[name] for name in NUMBERS if name != "seed"]
-    size = Image.open(job["image"]).size if job["image"] else None
-    return str([*alike, job["negative_prompt"] is None, size])
+    return str([*alike, job["negative_prompt"] is None, job["image"] is None])
 
 
 def png_bytes(image, **settings):
@@ -295,8 +306,11 @@ def draw_missing(args, state, models, folder, stop):
         settings = prepare(args, pipeline, scales, state.device)
     except Exception as error:  # diffusers raises nearly anything over files that it cannot use
         raise SystemExit(f"{' '.join(models)} cannot be loaded: {error}")
-    if "prompt" in inspect.signature(pipeline.__call__).parameters and not (args.prompt or args.prompts):
+    known = inspect.signature(pipeline.__call__).parameters
+    if "prompt" in known and not (args.prompt or args.prompts):
         raise SystemExit(f"{' '.join(models)} draws from prompts: give --prompt or --prompts.")
+    if "image" in known and not all(job["image"] for job in args.jobs):
+        raise SystemExit(f"{' '.join(models)} draws from pictures: give --image, or --prompts with a column image.")
     fill_in(args.jobs, pipeline, run_flags(models[0]))
     end_if_asked(state, stop)  # as the model was loaded
     # Rank 0 alone looks, before any draws: others would find what has been drawn since.
@@ -392,12 +406,15 @@ KINDS = {  # what a folder holds, by the first of these names that is in it
     "pytorch_lora_weights.safetensors": "adapters",
     "learned_embeds.safetensors": "word",
     "unet": "checkpoint",
+    "controlnet": "control",
     "config.json": "part",
 }
 # As the training scripts open a base: without what blackens or marks pictures.
 BARE = {
     "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
     "StableDiffusionXLPipeline": {"add_watermarker": False},
+    "StableDiffusionInstructPix2PixPipeline": {"safety_checker": None, "requires_safety_checker": False},
+    "StableDiffusionXLInstructPix2PixPipeline": {"add_watermarker": False},
 }
 
 
@@ -529,6 +546,14 @@ def add_word(pipeline, model):
         pipeline.load_textual_inversion(model, weight_name=Path(file).name, text_encoder=encoder, tokenizer=tokenizer)
 
 
+def with_inputs(pipeline):
+    """Returns a pipeline that gives its UNet all the channels that it takes: 8 if it edits a picture."""
+    name = type(pipeline).__name__
+    if pipeline.unet.config.in_channels != 8 or "Instruct" in name:
+        return pipeline
+    return getattr(diffusers, name.replace("Pipeline", "InstructPix2PixPipeline")).from_pipe(pipeline)
+
+
 def add_part(pipeline, model, kind, adapters):
     """Puts a part onto a pipeline, and returns that: adapters, a word, or models in the place of the pipeline's."""
     if kind == "adapters":
@@ -539,11 +564,15 @@ def add_part(pipeline, model, kind, adapters):
     elif kind == "checkpoint":  # of a run that trains whole models
         for name in {"unet", "text_encoder", "text_encoder_2"} & {*os.listdir(model)}:
             setattr(pipeline, name, type(getattr(pipeline, name)).from_pretrained(Path(model, name)))
+        return with_inputs(pipeline)
+    elif kind == "control":  # a checkpoint of a ControlNet
+        return add_part(pipeline, Path(model, "controlnet"), "part", adapters)
     elif kind == "part" and class_of(model) == "ControlNetModel":
         controlnet = diffusers.ControlNetModel.from_pretrained(model)
         return diffusers.AutoPipelineForText2Image.from_pipe(pipeline, controlnet=controlnet)
     elif kind == "part":
         pipeline.unet = type(pipeline.unet).from_pretrained(model)
+        return with_inputs(pipeline)
     else:
         raise ValueError(f"{model} is a whole model, and only the first one may be")
     return pipeline
@@ -573,6 +602,8 @@ def open_model(models, base, scales):
         raise ValueError(f"--lora_scale has {len(scales)} numbers, and there are {len(adapters)} adapters")
     if adapters:
         pipeline.set_adapters(adapters, scales)
+    if hasattr(pipeline, "watermark"):  # which a pipeline made of another one's parts may have
+        pipeline.watermark = None
     return pipeline, dict(zip(adapters, scales))
 
 
@@ -580,7 +611,7 @@ def open_model(models, base, scales):
 
 # === Programs: the same in generate.py and evaluate.py ===
 #
-# It asks nothing of the text above. It offers: start_processes, replace_file.
+# It asks nothing of the text above. It offers: start_processes, open_picture, replace_file.
 
 
 def start_processes():
@@ -589,6 +620,23 @@ def start_processes():
     if int(os.environ.get("WORLD_SIZE", 1)) != state.num_processes:  # each would do all
         raise SystemExit("The processes do not know of each other: on CPUs, set ACCELERATE_USE_CPU=true.")
     return state
+
+
+def open_picture(file):
+    """Opens a picture as people see it, and as the training scripts do: upright, on white, of 8 bits a color."""
+    try:
+        with Image.open(file) as opened:
+            picture = ImageOps.exif_transpose(opened)
+        if picture.mode == "F" or picture.mode.startswith("I"):
+            values = np.asarray(picture, dtype=np.float32)
+            unit = 1 / 255 if picture.mode == "F" else 257
+            if picture.mode == "I" and values.max() <= 255:  # 32 bits for values of 8
+                unit = 1
+            picture = Image.fromarray((values / unit).clip(0, 255).round().astype(np.uint8))
+        picture = picture.convert("RGBA")
+    except Exception as error:  # Pillow raises nearly anything over broken files
+        raise SystemExit(f"{file} does not open as a picture: {error}")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
 def replace_file(path, data):

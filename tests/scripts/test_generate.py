@@ -386,3 +386,38 @@ def test_a_file_without_its_configs(draw, tiny_model, tmp_path):
     file = save_single_file(tiny_model, tmp_path / "model.safetensors")
     with pytest.raises(SystemExit, match="--base has to name a folder of its kind"):
         draw("out", "--prompt", "x", model=file)
+
+
+def test_what_is_drawn_from_a_picture(draw, tiny_model, tmp_path, capsys):
+    """It has the picture's shape and the run's resolution; without a picture, the model is refused."""
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
+    net = ControlNetModel.from_unet(pipeline.unet, conditioning_embedding_out_channels=(16, 32))
+    net.save_pretrained(tmp_path / "net")
+    settings = {"pretrained_model_name_or_path": str(tiny_model), "resolution": 32}
+    (tmp_path / "net" / "train_args.yaml").write_text(json.dumps(settings))
+    Image.effect_noise((96, 64), 80).save(tmp_path / "wide.png")
+    flags = ("--model", tmp_path / "net", "--prompt", "x", *FEW)
+    run(generate, *flags, "--image", tmp_path / "wide.png", "--output_dir", tmp_path / "out")
+    (drawn,) = pixels(tmp_path / "out" / "pictures").values()
+    assert drawn.shape == (32, 48, 3)
+    with pytest.raises(SystemExit, match="draws from pictures: give --image"):
+        run(generate, *flags, "--output_dir", tmp_path / "none")
+
+
+def test_guidance_by_the_picture(draw, tiny_model, tmp_path):
+    """--image_guidance_scale reaches an editor, and no other pipeline takes it."""
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
+    pipeline.unet = UNet2DConditionModel.from_config({**pipeline.unet.config, "in_channels": 8})
+    whole = StableDiffusionInstructPix2PixPipeline(
+        **{**pipeline.components, "image_encoder": None}, requires_safety_checker=False
+    )
+    whole.save_pretrained(tmp_path / "edits")
+    Image.effect_noise((32, 32), 80).save(tmp_path / "a.png")
+    drawn = []
+    for scale in (1, 3):
+        flags = ("--model", tmp_path / "edits", "--image", tmp_path / "a.png", "--prompt", "x", *FEW)
+        run(generate, *flags, "--image_guidance_scale", scale, "--output_dir", tmp_path / f"by-{scale}")
+        drawn += pixels(tmp_path / f"by-{scale}" / "pictures").values()
+    assert (drawn[0] != drawn[1]).any()
+    with pytest.raises(SystemExit, match="A StableDiffusionPipeline takes no image_guidance_scale"):
+        draw("out", "--prompt", "x", "--image_guidance_scale", 2)
