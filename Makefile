@@ -4,7 +4,8 @@ THREADS ?= $(shell $(PYTHON) -c "import os; print(min(4, os.cpu_count()))")
 LAUNCH = .venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
     --num_cpu_threads_per_process $(THREADS)
 
-.PHONY: demo demo-lora demo-dreambooth demo-textual-inversion demo-unconditional test test-all quality style sync clean
+.PHONY: demo demo-lora demo-dreambooth demo-textual-inversion demo-unconditional demo-controlnet demo-instruct-pix2pix \
+    test test-all quality style sync clean
 
 # What the base and a result draw of some prompts, into $(2)/$(1): $(call draw,PROMPTS,OUTPUT_DIR)
 draw = $(LAUNCH) generate.py --model demo/base --compare $(2) --prompts demo/prompts/$(1).txt \
@@ -62,6 +63,37 @@ demo-lora: .venv/.installed
 	$(call score,sks,outputs/demo-lora) --metrics clip_i --reference demo/subject
 	$(call score,shapes,outputs/demo-lora)
 	.venv/bin/python demo/show.py outputs/demo-lora learned=demo/subject $(call rows,sks,demo-lora)
+
+PAIRS ?= 500
+# A set of pairs to train on, and one to draw from: $(call pairs,KIND,FOLDER)
+define pairs
+rm -rf $(2) $(2)-new
+.venv/bin/python demo/make_pairs.py $(1) $(2) --count $(PAIRS)
+.venv/bin/python demo/make_pairs.py $(1) $(2)-new --count 24 --seed 1
+endef
+
+demo-controlnet: .venv/.installed
+	$(call pairs,outlines,outputs/outlines)
+	$(LAUNCH) train_controlnet.py --config configs/demo_controlnet.yaml --overwrite_output_dir $(DEMO_FLAGS)
+	rm -rf outputs/demo-controlnet/drawn outputs/demo-controlnet/before
+	$(LAUNCH) generate.py --model outputs/demo-controlnet --prompts outputs/outlines-new/prompts.jsonl \
+	    --num_inference_steps 25 --batch_size 8 --output_dir outputs/demo-controlnet/drawn
+	$(LAUNCH) generate.py --model demo/base --prompts outputs/outlines-new/prompts.txt --height 64 --width 64 \
+	    --num_inference_steps 25 --batch_size 8 --output_dir outputs/demo-controlnet/before
+	.venv/bin/python demo/measure_pairs.py outputs/outlines-new outputs/demo-controlnet/before/pictures \
+	    outputs/demo-controlnet/drawn/pictures
+	.venv/bin/python demo/show.py outputs/demo-controlnet outline=outputs/outlines-new/outlines \
+	    drawn=outputs/demo-controlnet/drawn/pictures
+
+demo-instruct-pix2pix: .venv/.installed
+	$(call pairs,edits,outputs/edits)
+	$(LAUNCH) train_instruct_pix2pix.py --config configs/demo_instruct_pix2pix.yaml --overwrite_output_dir $(DEMO_FLAGS)
+	rm -rf outputs/demo-instruct-pix2pix/drawn
+	$(LAUNCH) generate.py --model outputs/demo-instruct-pix2pix --prompts outputs/edits-new/prompts.jsonl \
+	    --num_inference_steps 25 --batch_size 8 --output_dir outputs/demo-instruct-pix2pix/drawn
+	.venv/bin/python demo/measure_pairs.py outputs/edits-new outputs/demo-instruct-pix2pix/drawn/pictures
+	.venv/bin/python demo/show.py outputs/demo-instruct-pix2pix before=outputs/edits-new/before \
+	    after=outputs/demo-instruct-pix2pix/drawn/pictures
 
 test: .venv/.installed-dev
 	.venv/bin/python -m pytest -n 2 --dist loadfile

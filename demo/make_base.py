@@ -13,6 +13,7 @@ again after an interruption, it goes on from its last snapshot.
 import argparse
 import copy
 import json
+import logging
 import math
 import os
 import shutil
@@ -23,6 +24,7 @@ from pathlib import Path
 
 # transformers warns that torchvision is absent, which is not used here.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import numpy as np
 import torch
@@ -78,17 +80,18 @@ def article(words):
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def draw_shape(rng):
-    """Draws a shape, uint8 (64, 64, 3), and says what it is in one of several ways."""
+def draw_shape(rng, side=SIZE):
+    """Draws a shape, uint8 (side, side, 3), and says what it is in one of several ways."""
+    canvas = CANVAS * side // SIZE
     shape = rng.choice(SHAPES)
     color, background = rng.choice(list(COLORS), 2, replace=False)
     size = rng.choice(["small", "", "", "big"])
     low, high = {"small": (0.34, 0.44), "": (0.5, 0.68), "big": (0.74, 0.9)}[size]
-    radius = rng.uniform(low, high) * CANVAS / 2
-    center = CANVAS / 2 + rng.uniform(-1, 1, 2) * (CANVAS / 2 - radius) * 0.6
+    radius = rng.uniform(low, high) * canvas / 2
+    center = canvas / 2 + rng.uniform(-1, 1, 2) * (canvas / 2 - radius) * 0.6
     tilt = rng.uniform(-0.35, 0.35)
 
-    mask = Image.new("L", (CANVAS, CANVAS))
+    mask = Image.new("L", (canvas, canvas))
     draw = ImageDraw.Draw(mask)
 
     def disk(offset, r, value):
@@ -105,7 +108,7 @@ def draw_shape(rng):
         turn = np.array([[math.cos(tilt), math.sin(tilt)], [-math.sin(tilt), math.cos(tilt)]])
         draw.polygon([tuple(point) for point in center + radius * polygon(shape) @ turn], fill=255)
 
-    alpha = np.asarray(mask.resize((SIZE, SIZE), Image.Resampling.BOX), dtype=np.float32)[..., None] / 255
+    alpha = np.asarray(mask.resize((side, side), Image.Resampling.BOX), dtype=np.float32)[..., None] / 255
     front, back = [np.clip(np.array(COLORS[c]) + rng.uniform(-10, 10, 3), 0, 255) for c in (color, background)]
     pixels = (alpha * front + (1 - alpha) * back).round().astype(np.uint8)
 

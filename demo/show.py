@@ -23,6 +23,8 @@ def read_row(folder):
     if not metadata.exists():
         return [(file, "") for file in sorted(Path(folder).glob("*.png"))]
     rows = [json.loads(line) for line in metadata.read_text(encoding="utf-8").splitlines()]
+    if rows[0].get("image"):  # as it was drawn from, which stands in a row of its own
+        return [(Path(folder, row["file_name"]), row["prompt"]) for row in rows[:10]]
     firsts = {row["text"]: row for row in reversed(rows)}
     if "prompt" in rows[0] and len(firsts) > 1:
         rows = [row for row in rows if row is firsts[row["text"]]]

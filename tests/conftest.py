@@ -39,6 +39,7 @@ from PIL import Image, ImageOps
 torch.set_num_threads(1)
 
 SCRIPTS = ("train_text_to_image", "train_lora", "train_dreambooth", "textual_inversion", "train_unconditional")
+SCRIPTS += ("train_controlnet", "train_instruct_pix2pix")
 
 
 # Models.

@@ -60,6 +60,19 @@ def make_pictures(folder: Path, count: int = 6, size: int = 48) -> Path:
     return folder
 
 
+def save_pairs(folder, own="file_name", other="conditioning_image", caption="text", count=4, wider=8):
+    """Saves noise pictures in a folder, and others that go with them, with metadata; each is wider than the last."""
+    rows, rng = [], np.random.default_rng(0)
+    for i in range(count):
+        for kind in ("pictures", "others"):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 256, (48, 48 + wider * i, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / kind / f"{i}.png")
+        rows.append({own: f"pictures/{i}.png", f"{other}_file_name": f"others/{i}.png", caption: f"number {i}"})
+    write_metadata(folder, *rows)
+    return folder
+
+
 def make_picture(path, size=(16, 16), colour="red", **settings):
     """Saves a picture of one colour."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,8 @@ SCRIPTS = [path for path in PROGRAMS if "Engine" in find_fences(path.read_text()
 # The flags that a script can do without, though train_text_to_image.py cannot.
 OPTIONAL = {("--pretrained_model_name_or_path", "train_unconditional.py")}
 NAMES = {path.name for path in PROGRAMS}
+# A script that takes several prompts where others take one.
+SEVERAL = {("--validation_prompt", "train_controlnet.py")}
 # What is no flag of all is declared by each script, with a default of its own.
 OWN = {"resolution"}
 
@@ -62,6 +64,8 @@ def test_same_flag_same_meaning(monkeypatch):
             }
             for flag in action.option_strings:
                 meaning["required"] |= (flag, path.name) in OPTIONAL
+                if (flag, path.name) in SEVERAL:
+                    meaning["nargs"] = None
                 origin, other, default = first.setdefault(flag, (path.name, meaning, action.default))
                 for key in meaning:
                     if meaning[key] != other[key]:
@@ -147,6 +151,8 @@ def test_documented_commands_parse(where, script, arguments, tmp_path, monkeypat
         # Folders that the reader has; what lies in the repository must be there.
         if flag.endswith("_dir") and not value.startswith(("/", "configs/", "demo/")):
             os.makedirs(value, exist_ok=True)
+        if flag in ("--image", "--validation_image", "--val_image_url_or_path"):
+            Image.new("RGB", (8, 8)).save(value)
         if flag == "--prompts":
             Path(value).write_text('{"prompt": "a cat"}\n')
         if flag in ("--images", "--compare", "--reference") and script == "evaluate.py":
@@ -155,4 +161,6 @@ def test_documented_commands_parse(where, script, arguments, tmp_path, monkeypat
             os.makedirs(os.path.dirname(value), exist_ok=True)
             name = Path(script).stem.removeprefix("train_")
             shutil.copy(ROOT / "configs" / f"demo_{name}.yaml", value)
+            for pairs in ("outlines", "edits"):  # which programs of the demo draw
+                os.makedirs(f"outputs/{pairs}", exist_ok=True)
     importlib.import_module(script.removesuffix(".py")).parse_args(arguments)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import wandb
 from diffusers import DiffusionPipeline
-from helpers import metrics, run, write_config
+from helpers import make_picture, metrics, run, save_pairs, write_config
 
 import train_dreambooth
 
@@ -106,6 +106,36 @@ UNCONDITIONAL = [
     f"{POKEMON} {USUAL} --mixed_precision=fp16 --logger=wandb",
     "--train_data_dir {data} --preserve_input_precision",
 ]
+CONTROL = f"{SD} --output_dir=controlnet --dataset_name=fusing/fill50k --resolution=512 --learning_rate=1e-5 "
+CONTROL += "--validation_image ./conditioning_image_1.png ./conditioning_image_2.png "
+CONTROL += "--validation_prompt 'red circle with blue background' 'cyan circle with brown floral background'"
+SMALLER = f"{CONTROL} --train_batch_size=1 --gradient_accumulation_steps=4 --push_to_hub"
+CONTROLNET = [
+    f"{CONTROL} --train_batch_size=4 --push_to_hub",
+    SMALLER,
+    f"{CONTROL} --train_batch_size=4 --mixed_precision=fp16 --tracker_project_name=controlnet-demo --report_to=wandb "
+    "--push_to_hub",
+    f"{SMALLER} --gradient_checkpointing --use_8bit_adam",
+    f"{SMALLER} --gradient_checkpointing --use_8bit_adam --enable_xformers_memory_efficient_attention "
+    "--set_grads_to_none",
+    f"{SMALLER} --gradient_checkpointing --enable_xformers_memory_efficient_attention --set_grads_to_none "
+    "--mixed_precision fp16",
+    f"{CONTROL} {SDXL} --mixed_precision=fp16 --resolution=1024 --max_train_steps=15000 --validation_steps=100 "
+    "--train_batch_size=1 --gradient_accumulation_steps=4 --report_to=wandb --seed=42 --push_to_hub",
+]
+EDITOR = "--enable_xformers_memory_efficient_attention --random_flip --train_batch_size=4 --max_train_steps=15000 "
+EDITOR += "--gradient_accumulation_steps=4 --gradient_checkpointing --checkpointing_steps=5000 --push_to_hub "
+EDITOR += "--checkpoints_total_limit=1 --learning_rate=5e-05 --lr_warmup_steps=0 --conditioning_dropout_prob=0.05 "
+EDITOR += "--seed=42"
+SAMPLES = "--dataset_name=fusing/instructpix2pix-1000-samples --resolution=256"
+INSTRUCT_PIX2PIX = [
+    f"{SD} {SAMPLES} {EDITOR} --max_grad_norm=1 --mixed_precision=fp16",
+    f"{SD} {SAMPLES} {EDITOR} --max_grad_norm=1 --mixed_precision=fp16 --val_image_url={{url}} "
+    "--validation_prompt='make the mountains snowy' --report_to=wandb",
+    f"{SD} {SAMPLES} {EDITOR} --mixed_precision=fp16 --use_ema --resolution=512",
+    f"{SDXL} {SAMPLES} {EDITOR} --use_ema --resolution=512 --val_image_url_or_path={{url}} "
+    "--validation_prompt='make it in japan' --report_to=wandb",
+]
 COMMANDS = [
     f"train_text_to_image {SD} {NARUTO} {CAPTIONED}",
     f"train_text_to_image {SD} --train_data_dir=dog {CAPTIONED}",
@@ -120,6 +150,8 @@ COMMANDS = [
     *(f"train_lora {SDXL if 'sdxl' in name else SD} {flags}" for name, flags in LORA.items()),
     *(f"textual_inversion {flags}" for flags in TEXTUAL_INVERSION),
     *(f"train_unconditional {flags}" for flags in UNCONDITIONAL),
+    *(f"train_controlnet {flags}" for flags in CONTROLNET),
+    *(f"train_instruct_pix2pix {flags}" for flags in INSTRUCT_PIX2PIX),
 ]
 IF = "--pre_compute_text_embeddings --tokenizer_max_length 77 --text_encoder_use_attention_mask"
 DEEPFLOYD = {
@@ -129,13 +161,25 @@ DEEPFLOYD = {
 }
 
 
+# Flags whose value stands under another name.
+NAMES = {"num_epochs": "num_train_epochs", "logger": "report_to", "val_image_url": "val_image_url_or_path"}
+NAMES[("train_controlnet", "validation_prompt")] = "validation_prompts"
+
+
+def save_controls(folder):
+    """Saves the pictures that the commands name."""
+    for i in (1, 2):
+        make_picture(folder / f"conditioning_image_{i}.png")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_documented_command_is_taken(command, tmp_path, monkeypatch):
     """Each is taken as it stands, and every value arrives."""
     monkeypatch.chdir(tmp_path)
     for name in ("dog", "cat"):
         (tmp_path / name).mkdir()
-    script, *words = shlex.split(command.format(data="dog"))
+    save_controls(tmp_path)
+    script, *words = shlex.split(command.format(data="dog", url="http://127.0.0.1/mountain.png"))
     parts = [part for word in words for part in word.split("=", 1)]
     # The one that names no data is a fragment, and takes some.
     data = (
@@ -144,8 +188,11 @@ def test_documented_command_is_taken(command, tmp_path, monkeypatch):
     args = vars(importlib.import_module(script).parse_args([*words, *data]))
     given = {flag[2:]: value for flag, value in zip(parts, [*parts[1:], "--"]) if flag.startswith("--")}
     for flag, value in given.items():  # of a flag that is repeated, the last
-        taken = args[{"num_epochs": "num_train_epochs", "logger": "report_to"}.get(flag, flag)]
-        assert taken == (True if value.startswith("--") else type(taken)(value)), flag
+        taken = args[NAMES.get((script, flag)) or NAMES.get(flag, flag)]
+        if isinstance(taken, list):  # of pictures, and of prompts, four for each
+            assert taken[0] == value and len(taken) in (2, 8), flag
+        else:
+            assert taken == (True if value.startswith("--") else type(taken)(value)), flag
 
 
 @pytest.mark.parametrize("name", DEEPFLOYD)
@@ -175,8 +222,13 @@ def test_documented_command_runs(command, tiny_model, tiny_sdxl_model, pictures,
         hub.add_folder(name, tiny_sdxl_model / "vae")
     for name in ("lambdalabs/naruto-blip-captions", "huggan/flowers-102-categories", "huggan/pokemon", "d/n"):
         hub.add_folder(f"datasets/{name}", pictures)
+    save_controls(tmp_path)
+    hub.add_folder("datasets/fusing/fill50k", save_pairs(tmp_path / "pairs"))
+    edits = save_pairs(tmp_path / "edits", "edited_image_file_name", "input_image", "edit_prompt")
+    hub.add_folder("datasets/fusing/instructpix2pix-1000-samples", edits)
+    url = f"{hub.url}/datasets/fusing/fill50k/resolve/main/pictures/0.png"
     served = len(hub.repos)
-    name, *words = shlex.split(command.format(data="dog"))
+    name, *words = shlex.split(command.format(data="dog", url=url))
     flags = {word.split("=")[0] for word in words}
     script = importlib.import_module(name)
     short = SHORT.split()

@@ -18,10 +18,11 @@ from tools import sync
 PROGRAMS = sync.find_scripts(ROOT)
 SCRIPTS = [path for path in PROGRAMS if "Engine" in sync.find_fences(path.read_text())]  # that train
 # Which scripts have which fences.
-FAMILIES = {"textual_inversion.py", "train_dreambooth.py", "train_lora.py", "train_text_to_image.py"}
+PAIRS = {"train_controlnet.py", "train_instruct_pix2pix.py"}
+FAMILIES = {"textual_inversion.py", "train_dreambooth.py", "train_lora.py", "train_text_to_image.py", *PAIRS}
 FENCES = {
     "Stable Diffusion's flags": FAMILIES,
-    "Data sets": {"train_lora.py", "train_text_to_image.py", "train_unconditional.py"},
+    "Data sets": {"train_lora.py", "train_text_to_image.py", "train_unconditional.py", *PAIRS},
     "Prior preservation": {"train_dreambooth.py", "train_lora.py"},
     "Flags": {*FAMILIES, "train_unconditional.py"},
     "Kohya's format": {"train_lora.py", "export.py"},

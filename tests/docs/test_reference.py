@@ -25,6 +25,30 @@ REFERENCE = {
     num_validation_images proportion_empty_prompts timestep_bias_strategy timestep_bias_multiplier timestep_bias_begin
     timestep_bias_end timestep_bias_portion enable_npu_flash_attention
 """.split(),
+    "train_controlnet": """
+    adam_beta1 adam_beta2 adam_epsilon adam_weight_decay allow_tf32 cache_dir caption_column checkpointing_steps
+    checkpoints_total_limit conditioning_image_column controlnet_model_name_or_path crops_coords_top_left_h
+    crops_coords_top_left_w dataloader_num_workers dataset_config_name dataset_name enable_npu_flash_attention
+    enable_xformers_memory_efficient_attention gradient_accumulation_steps gradient_checkpointing hub_model_id
+    hub_token image_column image_interpolation_mode learning_rate local_rank logging_dir lr_num_cycles lr_power
+    lr_scheduler lr_warmup_steps max_grad_norm max_train_samples max_train_steps mixed_precision
+    num_train_epochs num_validation_images output_dir pretrained_model_name_or_path
+    pretrained_vae_model_name_or_path proportion_empty_prompts push_to_hub report_to resolution
+    resume_from_checkpoint revision scale_lr seed set_grads_to_none tokenizer_name tracker_project_name
+    train_batch_size train_data_dir use_8bit_adam validation_image validation_prompt validation_steps variant
+""".split(),
+    "train_instruct_pix2pix": """
+    adam_beta1 adam_beta2 adam_epsilon adam_weight_decay allow_tf32 cache_dir center_crop checkpointing_steps
+    checkpoints_total_limit conditioning_dropout_prob crops_coords_top_left_h crops_coords_top_left_w
+    dataloader_num_workers dataset_config_name dataset_name edit_prompt_column edited_image_column
+    enable_xformers_memory_efficient_attention gradient_accumulation_steps gradient_checkpointing hub_model_id
+    hub_token learning_rate local_rank logging_dir lr_scheduler lr_warmup_steps max_grad_norm max_train_samples
+    max_train_steps mixed_precision non_ema_revision num_train_epochs num_validation_images
+    original_image_column output_dir pretrained_model_name_or_path pretrained_vae_model_name_or_path push_to_hub
+    random_flip report_to resolution resume_from_checkpoint revision scale_lr seed train_batch_size
+    train_data_dir use_8bit_adam use_ema vae_precision val_image_url val_image_url_or_path validation_epochs
+    validation_prompt validation_steps variant
+""".split(),
     "train_lora": """
     adam_beta1 adam_beta2 adam_epsilon adam_weight_decay adam_weight_decay_text_encoder allow_tf32 cache_dir
     caption_column center_crop checkpointing_steps checkpoints_total_limit class_data_dir class_labels_conditioning
@@ -77,7 +101,9 @@ def test_every_flag_of_the_reference(name, monkeypatch):
 
 # Taken for others' sake.
 IDLE = {
+    "train_controlnet": {"foreach_ema", "set_grads_to_none"},
     "train_dreambooth": {"pre_compute_text_embeddings", "set_grads_to_none"},
+    "train_instruct_pix2pix": {"foreach_ema"},
     "train_lora": {"pre_compute_text_embeddings"},
     "train_text_to_image": {"foreach_ema"},
     "train_unconditional": {"foreach_ema", "preserve_input_precision"},

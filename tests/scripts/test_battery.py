@@ -7,7 +7,7 @@ import signal
 import forked
 import pytest
 import torch
-from helpers import flat, linux, litter, make_pictures, metrics, same, weights, write_config
+from helpers import flat, linux, litter, make_pictures, metrics, same, save_pairs, weights, write_config
 
 
 COMMON = "--resolution 32 --train_batch_size 2 --max_train_steps 6 --seed 7 --learning_rate 1e-3 --lr_warmup_steps 2 "
@@ -16,10 +16,16 @@ COMMON += "--output_dir {here}/out --encoding_cache_dir {here}/cache --random_fl
 BASE = "--pretrained_model_name_or_path {base} "
 SUBJECT = "--instance_data_dir {data} --instance_prompt sks --with_prior_preservation --class_data_dir {here}/class "
 SUBJECT += "--class_prompt a --num_class_images 2 --sample_batch_size 1 --prior_generation_precision fp32 "
+PAIRS = "--train_data_dir {pairs} "
 FLAGS = {
     "textual_inversion": BASE
     + "--train_data_dir {data} --placeholder_token <new> --initializer_token a --save_steps 4",
+    "train_controlnet": BASE + PAIRS + "--use_ema --validation_samples 1",
     "train_dreambooth": BASE + SUBJECT + "--train_text_encoder --snr_gamma 5",
+    "train_instruct_pix2pix": BASE
+    + PAIRS
+    + "--original_image_column conditioning_image --edit_prompt_column text --use_ema "
+    "--conditioning_dropout_prob 0.2 --validation_samples 1",
     "train_lora": BASE + SUBJECT + "--train_text_encoder --lora_dropout 0.1 --use_dora",
     "train_text_to_image": BASE + "--train_data_dir {data} --use_ema --validation_samples 1",
     "train_unconditional": "--model_config_name_or_path {config} --train_data_dir {data} --use_ema "
@@ -34,6 +40,7 @@ def beginner(name, family, request, tmp_path):
     places = {
         "base": request.getfixturevalue(family),
         "data": make_pictures(tmp_path / "data"),
+        "pairs": save_pairs(tmp_path / "pairs", wider=0),
         "config": write_config(tmp_path / "config"),
     }
 

@@ -21,7 +21,9 @@ import train_text_to_image
 OPTIONAL = ("bitsandbytes", "datasets", "prodigyopt")  # that a run can do without unless a flag asks for them
 NEEDED = {
     "textual_inversion": "--train_data_dir {data} --placeholder_token <new> --initializer_token a",
+    "train_controlnet": "--train_data_dir {data}",
     "train_dreambooth": "--instance_data_dir {data} --instance_prompt sks",
+    "train_instruct_pix2pix": "--train_data_dir {data}",
     "train_lora": "--instance_data_dir {data} --instance_prompt sks",
     "train_text_to_image": "--train_data_dir {data}",
     "train_unconditional": "--train_data_dir {data}",
@@ -64,12 +66,15 @@ def flags_of_parser(script):
     actions = {action.option_strings[0].removeprefix("--"): action for action in parser._actions}
     # Of these, two need a Hub id as the base, one a file and one a checkpoint.
     alone = {"revision", "non_ema_revision", "single_file_config", "resume_from_checkpoint"}
+    alone |= {"edited_image_column"}  # says the same as another
     return {name: action for name, action in actions.items() if name not in alone}
 
 
 def values_of(name, action):
     """What a flag may be given."""
     limits = getattr(action.type, "keywords", {})
+    if name == "val_image_url_or_path":
+        return st.just(__file__)
     if name == "with_prior_preservation":
         return st.just(True)
     if name == "resolution":
@@ -99,7 +104,13 @@ def given_flags(draw, actions):
         if rivals := sorted(either & names):
             names -= {*rivals} - {draw(st.sampled_from(rivals))}
     names -= set() if "train_text_encoder" in names else {"text_encoder_lr"}
+    names -= set() if "train_data_dir" in names else {"conditioning_data_dir"}
+    if "validation_image" in actions:  # these come back as prompts, one for each picture
+        names -= {"validation_prompt", "num_validation_images"}
+    names |= {"val_image_url_or_path"} & {*actions} if {"validation_prompt", "validation_prompts"} & names else set()
     flags = {name: draw(values_of(name, actions[name])) for name in sorted(names)}
+    if "validation_image" in actions:
+        flags["validation_image"] = [__file__] * len(flags["validation_prompts"])
     if not flags.get("train_text_encoder"):
         flags.pop("text_encoder_lr", None)
     return flags
@@ -121,7 +132,7 @@ def test_every_script_takes_its_arguments_back(tmp_path, monkeypatch, name):
     """Whatever flags say comes back by way of train_args.yaml, from a config as from the command line."""
     script = importlib.import_module(name)
     actions = flags_of_parser(script)
-    paths = {flag for flag in actions if flag.endswith(PATHS)} - {"overwrite_output_dir"}
+    paths = {flag for flag in actions if flag.endswith(PATHS)} - {"overwrite_output_dir", "val_image_url_or_path"}
     monkeypatch.chdir(tmp_path)
 
     @settings(max_examples=40, deadline=None, derandomize=True, database=None)
