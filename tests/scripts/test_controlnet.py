@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -238,7 +239,7 @@ def test_resuming_is_exact(base, family, train):
     flags = ("--max_train_steps", 4, "--checkpointing_steps", 1, "--use_ema", "--random_flip", "--no-center_crop")
     flags += ("--proportion_empty_prompts", 0.3, "--noise_offset", 0.1, "--validation_samples", 1)
     whole = train("whole", *flags, base=base)
-    for step in (1, 3):
+    for step in (1, 2, 3):
         part = train(f"from-{step}", *flags, "--max_train_steps", step, base=base)
         out = train(f"from-{step}", *flags, "--resume_from_checkpoint", "latest", base=base)
         assert part == out and same(weights(out), weights(whole))
@@ -394,3 +395,31 @@ def test_a_checkpoint_draws(train, pairs, tmp_path):
         drawn.append(np.asarray(Image.open(tmp_path / f"drawn-{len(drawn)}" / "pictures" / "00000-0.png")))
     assert drawn[0].shape == (32, 32, 3)
     assert (drawn[0] == drawn[2]).all() and (drawn[0] != drawn[1]).any()
+
+
+# What the example scripts are tested with.
+TRIED = "--dataset_name=hf-internal-testing/fill10 --resolution=64 --train_batch_size=1 --checkpointing_steps=2 "
+TRIED += "--gradient_accumulation_steps=1"
+
+
+@pytest.mark.parametrize("family", ["tiny_model", "tiny_sdxl_model"])
+def test_the_examples_own_tests(base, family, pairs, hub, tmp_path, monkeypatch):
+    """Their commands leave the checkpoints, and the result, that they ask for."""
+    monkeypatch.chdir(tmp_path)
+    hub.add_folder("hf-internal-testing/tiny", base)
+    hub.add_folder("datasets/hf-internal-testing/fill10", pairs)
+    unet = DiffusionPipeline.from_pretrained(base).unet
+    ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32)).save_pretrained("tiny-controlnet")
+    hub.add_folder("hf-internal-testing/tiny-controlnet", tmp_path / "tiny-controlnet")
+    words = ["--pretrained_model_name_or_path=hf-internal-testing/tiny", *TRIED.split()]
+    words += ["--controlnet_model_name_or_path=hf-internal-testing/tiny-controlnet", "--cache_dir", "hub"]
+
+    def left(name, *flags):
+        run(script, *words, f"--output_dir={name}", *flags)
+        return {path.name for path in Path(name).glob("checkpoint*")}
+
+    assert left("few", "--max_train_steps=6", "--checkpoints_total_limit=2") == {"checkpoint-4", "checkpoint-6"}
+    assert left("all", "--max_train_steps=6") == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
+    more = ("--max_train_steps=8", "--resume_from_checkpoint=checkpoint-6", "--checkpoints_total_limit=2")
+    assert left("all", *more) == {"checkpoint-6", "checkpoint-8"}
+    assert Path("all", "diffusion_pytorch_model.safetensors").is_file()

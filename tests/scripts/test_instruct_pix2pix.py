@@ -3,12 +3,13 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from helpers import everything, flags_of, make_run, metrics, run, same, save_pairs, scale_weight, weights
+from helpers import changed, everything, flags_of, make_run, metrics, run, same, save_pairs, scale_weight, weights
 from PIL import Image
 
 import generate
@@ -152,7 +153,7 @@ def test_resuming_is_exact(base, family, cache, train):
     flags = ("--max_train_steps", 4, "--checkpointing_steps", 1, "--use_ema", "--random_flip", "--no-center_crop")
     flags += ("--conditioning_dropout_prob", 0.2, "--validation_samples", 1, cache)
     whole = train("whole", *flags, base=base)
-    for step in (1, 3):
+    for step in (1, 2, 3):
         train(f"from-{step}", *flags, "--max_train_steps", step, base=base)
         out = train(f"from-{step}", *flags, "--resume_from_checkpoint", "latest", base=base)
         assert same(weights(out), weights(whole))
@@ -263,7 +264,7 @@ def test_a_checkpoint_edits(train, edits, tmp_path):
 
 
 def test_another_revision_of_the_unet(tiny_model, edits, tmp_path, hub, train):
-    """--non_ema_revision trains another UNet, widened as the base's; the average starts from the base's own."""
+    """--non_ema_revision trains another UNet, widened as the base's is."""
     old = shutil.copytree(tiny_model, tmp_path / "old")
     scale_weight(old, "unet")
     hub.add_folder("me/base", tiny_model)
@@ -275,3 +276,32 @@ def test_another_revision_of_the_unet(tiny_model, edits, tmp_path, hub, train):
     found = UNet2DConditionModel.from_pretrained(out / "checkpoint-3" / "unet").state_dict()
     found["conv_in.weight"] = found["conv_in.weight"][:, :4]
     assert same(found, UNet2DConditionModel.from_pretrained(old, subfolder="unet").state_dict())
+
+
+def test_the_bases_settings_are_kept(tiny_sdxl_model, train, tmp_path):
+    """A base that encodes empty prompts instead of zeros leaves an editor that does, too."""
+    base = changed(tiny_sdxl_model, tmp_path / "base", "model_index.json", force_zeros_for_empty_prompt=False)
+    out = train("out", base=base)
+    assert json.loads((out / "model_index.json").read_text())["force_zeros_for_empty_prompt"] is False
+
+
+# What the example script is tested with.
+TRIED = "--dataset_name=hf-internal-testing/instructpix2pix-10-samples --resolution=64 --random_flip --seed=0 "
+TRIED += "--train_batch_size=1 --checkpointing_steps=2"
+
+
+def test_the_examples_own_tests(tiny_model, edits, hub, tmp_path, monkeypatch):
+    """Its commands leave the checkpoints that they ask for."""
+    monkeypatch.chdir(tmp_path)
+    hub.add_folder("hf-internal-testing/tiny", tiny_model)
+    hub.add_folder("datasets/hf-internal-testing/instructpix2pix-10-samples", edits)
+    words = ["--pretrained_model_name_or_path=hf-internal-testing/tiny", *TRIED.split(), "--cache_dir", "hub"]
+
+    def left(name, *flags):
+        run(script, *words, "--output_dir", name, *flags)
+        return {path.name for path in Path(name).glob("checkpoint*")}
+
+    assert left("few", "--max_train_steps=6", "--checkpoints_total_limit=2") == {"checkpoint-4", "checkpoint-6"}
+    assert left("all", "--max_train_steps=4") == {"checkpoint-2", "checkpoint-4"}
+    more = ("--max_train_steps=8", "--resume_from_checkpoint=checkpoint-4", "--checkpoints_total_limit=2")
+    assert left("all", *more) == {"checkpoint-6", "checkpoint-8"}

@@ -84,6 +84,60 @@ def grids(method, data):
     return ("--validation_prompts", "red", "green", "--val_image_url_or_path", data / "others" / "1.png")
 
 
+def by_hand(file, mirrored):
+    """A picture as a sample of 32 pixels should have it, in [-1, 1]."""
+    image = Image.open(file).resize((32, 32), Image.Resampling.LANCZOS)
+    image = ImageOps.mirror(image) if mirrored else image
+    return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+def test_a_sample_is_its_two_files(method, words, tmp_path, monkeypatch):
+    """Each of the two is its own file, mirrored if the other one is; a control is in [0, 1]."""
+    script, folder = importlib.import_module(method), save_pairs(tmp_path / "square", wider=0)
+    args = script.parse_args(words("out", "--train_data_dir", folder, "--center_crop"))
+    records = script.check_records(make_run(script, args), script.read_records(args))
+    samples = script.Samples(args, records, 0, 32, (4, 16, 16), 1000)
+    monkeypatch.setattr(script, "tokenize", lambda tokenizers, caption: torch.zeros(1))
+    samples.tokenizers, mirrors = [], set()
+    for key in [(epoch, index) for epoch in range(4) for index in range(4)]:
+        sample, mirrored = samples[key], samples.choose_crop(key).flip
+        mirrors.add(mirrored)
+        torch.testing.assert_close(sample["pixel_values"], by_hand(folder / f"pictures/{key[1]}.png", mirrored))
+        other = by_hand(folder / f"others/{key[1]}.png", mirrored)
+        found = 2 * sample["control"] - 1 if "control" in sample else sample["original_pixel_values"]
+        torch.testing.assert_close(found, other, atol=1e-5, rtol=0)
+    assert mirrors == {True, False}
+
+
+def test_settings_of_the_loss(method, words, data, tiny_model):
+    """Min-SNR weighs each sample by its timestep; a ControlNet's noise offset is added to the noise."""
+    script, losses = importlib.import_module(method), {}
+    more = {"plain": (), "weighed": ("--snr_gamma", 0.01)}
+    if method == "train_controlnet":
+        more["offset"] = ("--noise_offset", 0.5)
+    for name, flags in more.items():
+        args = script.parse_args(words("out", "--no_encoding_cache", *flags))
+        begun = make_run(script, args)
+        models = script.load_models(begun)
+        records = script.check_records(begun, script.read_records(args))
+        samples = script.Samples(args, records, 0, 32, models.sample_shape, 1000)
+        samples.tokenizers = models.tokenizers
+        batches = [torch.utils.data.default_collate([samples[epoch, 0]]) for epoch in range(3)]
+        with torch.no_grad():
+            losses[name] = [script.compute_loss(models, batch, args)["loss"].item() for batch in batches]
+        for batch in batches if name == "offset" else ():
+            batch["noise"] = batch["noise"] + 0.5 * batch["offset_noise"]
+            args.noise_offset = 0
+            with torch.no_grad():
+                losses.setdefault("by hand", []).append(script.compute_loss(models, batch, args)["loss"].item())
+    alphas = [models.noise_scheduler.alphas_cumprod[batch["timesteps"]].item() for batch in batches]
+    snr = [alpha / (1 - alpha) for alpha in alphas]
+    wanted = [loss * min(s, 0.01) / s for loss, s in zip(losses["plain"], snr)]
+    assert losses["weighed"] == pytest.approx(wanted, rel=1e-4) and losses["weighed"] != losses["plain"]
+    assert losses.get("offset") == pytest.approx(losses.get("by hand"), rel=1e-5)
+    assert losses.get("offset") != losses["plain"]
+
+
 def trained(method, out):
     """The weights of a result that were trained."""
     folder = out if method == "train_controlnet" else out / "unet"
