@@ -981,16 +981,17 @@ def read_metadata(file, caption_column, others, image_column):
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError("each line has to be an object, {...}")
         columns = list(dict.fromkeys(column for row in rows for column in row))
+        renamed = "mend its name, or give it by the flag that ends in _column" if others else "see --caption_column"
         own = "file_name"
         for name in (image_column, f"{image_column}_file_name") if others else ():  # that of a pair has a name, too
             own = name if name in columns else own
         for column in (own, caption_column):
             if column not in columns:
-                hint = "it needs one, and commas between columns" if column == own else "name another by its flag"
+                hint = "it needs one, and commas between columns" if column == own else renamed
                 raise SystemExit(f"{file} has no column {column!r}, but {columns}: {hint}.")
         for column in others:
             if not {column, f"{column}_file_name"} & {*columns}:
-                raise SystemExit(f"{file} has no column {column}_file_name, but {columns}: name another by its flag.")
+                raise SystemExit(f"{file} has no column '{column}_file_name' or '{column}', but {columns}: {renamed}.")
         told = {}
         for row in rows:  # several for a picture are several captions
             if None in row:

@@ -112,7 +112,7 @@ def test_pairs_of_parquet(pairs, train, tmp_path, tiny_model):
     [
         ("missing", "goes with control .*1.png, which is named, by metadata"),
         ("shape", "1.png is 56 x 48, and its control .*1.png is 48 x 48: give both the same shape"),
-        ("column", "has no column conditioning_image_file_name"),
+        ("column", "has no column 'conditioning_image_file_name' or 'conditioning_image', but"),
         ("row", "1.png has no picture conditioning_image in the metadata"),
         ("broken", "goes with control .*1.png, which is not a picture"),
     ],

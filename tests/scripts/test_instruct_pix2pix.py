@@ -83,8 +83,11 @@ def test_widening_changes_nothing(base, family, edits):
     [
         ("bare", None),
         ("beside file_name", None),
-        ("no instruction", "has no column 'edit_prompt', but .*name another by its flag"),
-        ("no original", "has no column input_image_file_name, but .*name another by its flag"),
+        ("no instruction", "has no column 'edit_prompt', but .*by the flag that ends in _column"),
+        (
+            "no original",
+            "has no column 'input_image_file_name' or 'input_image', but .*by the flag that ends in _column",
+        ),
     ],
 )
 def test_columns(edits, tmp_path, change, said):
