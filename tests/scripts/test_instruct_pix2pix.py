@@ -17,6 +17,7 @@ import train_instruct_pix2pix as script
 
 
 FAMILIES = ["tiny_model", "tiny_sd2_model", "tiny_sdxl_model"]
+NO_CACHE = ("tiny_model", "--no_encoding_cache")
 FLAGS = ("--max_train_steps", 3, "--learning_rate", 1e-2, "--resolution", 32, "--edit_prompt_column", "edit_prompt")
 
 
@@ -149,8 +150,7 @@ def test_loss_by_hand(tiny_model, edits):
     assert found == pytest.approx((pred - batch["noise"]).square().mean().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("cache", ["--no_encoding_cache", "--no-no_encoding_cache"])
+@pytest.mark.parametrize("family, cache", [*((family, "--no-no_encoding_cache") for family in FAMILIES), NO_CACHE])
 def test_resuming_is_exact(base, family, cache, train):
     """After a stop at each step, with everything random, from the cache or not."""
     flags = ("--max_train_steps", 4, "--checkpointing_steps", 1, "--use_ema", "--random_flip", "--no-center_crop")
