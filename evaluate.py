@@ -36,6 +36,8 @@ import argparse
 import contextlib
 import csv
 import datetime
+import difflib
+import functools
 import hashlib
 import importlib.util
 import io
@@ -43,58 +45,63 @@ import json
 import logging
 import math
 import os
+import re
+import sys
 from pathlib import Path
+
+import yaml
 
 
 # The flags and the pictures
 
 
-NEEDS = {"clip_directional": "originals", "clip_i": "reference", "kid": "reference", "cmmd": "reference"}
-NEEDS |= {"frechet": "reference", "fid": "reference"}
-METRICS = ["clip_score", *NEEDS]
+NEEDS = {  # the folder that a metric takes beside --images, if any
+    "clip_score": None,
+    "clip_directional": "originals",
+    "clip_i": "reference",
+    "kid": "reference",
+    "cmmd": "reference",
+    "frechet": "reference",
+    "fid": "reference",
+}
+CAPTIONED = {"clip_score", "clip_directional"}
 LEAST = {"kid": 20, "cmmd": 20, "fid": 2049}  # pictures of a distance; of frechet, one more than a feature is long
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 
 
-def parse_args(argv=None):
+def parse_args(argv):
     """Parses the command line, and lists the pictures as args.folders; what is wrong is said before CLIP is loaded."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n    accelerate")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(__doc__.split("\n\n    accelerate")[0])
     add = parser.add_argument
     add("--images", required=True, help="folder of the pictures")
     add("--compare", help="folder of other pictures of the same names, prompts and seeds")
     add("--reference", help="folder of pictures to be like; captions are not read")
     add("--originals", help="folder of what the pictures were made from, with the same names, and captions of its own")
-    add("--metrics", nargs="+", choices=METRICS, default=["clip_score"], metavar="METRIC", help=", ".join(METRICS))
+    add("--metrics", nargs="+", choices=[*NEEDS], default=["clip_score"], metavar="METRIC", help=", ".join(NEEDS))
     add("--clip_model", default="openai/clip-vit-large-patch14", help="folder or Hub id of a CLIP of transformers")
     add("--caption_column", default="text", help="column of the metadata that holds the captions")
-    add("--batch_size", type=int, default=32, help="pictures at once")
-    add("--encoding_cache_dir", help="where features are kept between runs; default ~/.cache/diffusion-training")
-    add("--output_dir", default="evaluated", help="folder of the results")
-    args = parser.parse_args(argv)
-    needed = {NEEDS.get(metric) for metric in args.metrics}
-    for metric in args.metrics:
-        if metric in NEEDS and not getattr(args, NEEDS[metric]):
-            parser.error(f"--metrics {metric} needs --{NEEDS[metric]}")
+    add("--batch_size", type=positive_int, default=32, help="pictures at once")
+    add("--encoding_cache_dir", type=path_name, help="where features are kept (~/.cache/diffusion-training)")
+    add("--output_dir", type=path_name, default="evaluated", help="folder of the results")
+    args = read_flags(parser, argv, {}, {})
+    needed = {NEEDS[metric]: metric for metric in args.metrics}
     for flag in ("reference", "originals"):
-        if getattr(args, flag) and flag not in needed:
+        if flag in needed and not getattr(args, flag):
+            parser.error(f"--metrics {needed[flag]} needs --{flag}")
+        if flag not in needed and getattr(args, flag):
             parser.error(f"none of --metrics {' '.join(args.metrics)} takes --{flag}")
-    if args.batch_size < 1:
-        parser.error("--batch_size has to be 1 or more")
+    if not is_writable(args.output_dir):
+        parser.error(f"--output_dir {args.output_dir} is no folder that can be made or written to")
     if "fid" in args.metrics and importlib.util.find_spec("torch_fidelity") is None:
         parser.error("--metrics fid takes Inception's features: pip install torch-fidelity, or take kid")
-    flags = [flag for flag in ("images", "compare", "originals", "reference") if getattr(args, flag)]
-    args.folders = {flag: read_folder(flag, getattr(args, flag), args.caption_column) for flag in flags}
-    for metric in args.metrics:
-        if metric in ("clip_score", "clip_directional"):
-            check_captions(args.folders, metric)
-        if metric in LEAST:
-            check_counts(args.folders, metric, LEAST[metric])
-    for flag in flags:
-        if flag in ("compare", "originals"):
+    args.folders = {}
+    for flag in ("images", "compare", "originals", "reference"):
+        folder = getattr(args, flag)
+        if folder and os.path.realpath(folder) == os.path.realpath(args.output_dir):
+            parser.error(f"--output_dir is the folder of --{flag}: its sheet would be measured with the pictures")
+        if folder:
+            args.folders[flag] = read_folder(args, flag, Path(folder))
+        if folder and flag in ("compare", "originals"):
             args.folders[flag] = paired(args.folders, flag)
     return args
 
@@ -115,17 +122,17 @@ def read_captions(folder):
         raise SystemExit(f"The metadata of {folder} cannot be read: {type(error).__name__}: {error}")
 
 
-def read_folder(flag, name, caption_column):
+def read_folder(args, flag, folder):
     """Lists the pictures of a folder: file, name in the folder, caption and seed, which are None if it has none."""
-    folder = Path(name)
     if not folder.is_dir():
         raise SystemExit(f"--{flag} {folder} is not a folder.")
     told, pictures = read_captions(folder), {}
+    captioned = flag in ("images", "originals") and CAPTIONED & {*args.metrics}
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() not in SUFFIXES or file.name.startswith("."):
             continue
         row = told.get(file.name, {})
-        caption, beside = row.get(caption_column), file.with_suffix(".txt")
+        caption, beside = row.get(args.caption_column), file.with_suffix(".txt")
         if caption is None and beside.is_file():
             try:
                 caption = beside.read_text(encoding="utf-8-sig").strip()
@@ -133,28 +140,20 @@ def read_folder(flag, name, caption_column):
                 raise SystemExit(f"{beside} is no text in UTF-8: {error}")
         if file.stem in pictures:
             raise SystemExit(f"--{flag} {folder} has two pictures named {file.stem}: rename one.")
+        if captioned and not (caption and isinstance(caption, str)):
+            way_out = "give a metadata.jsonl with a column text, or name the column by --caption_column"
+            raise SystemExit(f"--metrics {' '.join(args.metrics)} takes captions, and {file} has none: {way_out}.")
         pictures[file.stem] = {"file": file, "name": file.stem, "caption": caption, "seed": row.get("seed")}
-    if len(pictures) < 2:
-        raise SystemExit(f"--{flag} {folder} itself holds {len(pictures)} pictures: no interval has fewer than 2.")
+    for metric in args.metrics:
+        check_count(flag, pictures, metric, LEAST.get(metric, 2))
     return [*pictures.values()]
 
 
-def check_captions(folders, metric):
-    """Refuses pictures without a caption."""
-    for flag in {"images", "originals"} & folders.keys():
-        for picture in folders[flag]:
-            if not picture["caption"] or not isinstance(picture["caption"], str):
-                way_out = "give a metadata.jsonl with a column text, or name the column by --caption_column"
-                raise SystemExit(f"--metrics {metric} takes captions, and {picture['file']} has none: {way_out}.")
-
-
-def check_counts(folders, metric, least):
-    """Refuses sets that are too small for a distance."""
-    way_out = "give more, or take kid" if least > LEAST["kid"] else "give more"
-    for flag in folders.keys() - {"originals"}:
-        if len(folders[flag]) < least:
-            sentence = f"--metrics {metric} takes {least} pictures or more, and --{flag} has {len(folders[flag])}"
-            raise SystemExit(f"{sentence}: {way_out}.")
+def check_count(flag, pictures, metric, least):
+    """Refuses a set that is too small for a metric."""
+    if len(pictures) < least:
+        sentence = f"--metrics {metric} takes {least} pictures or more, and the folder of --{flag} itself holds"
+        raise SystemExit(f"{sentence} {len(pictures)}: give more{', or take kid' if least > 20 else ''}.")
 
 
 def paired(folders, flag):
@@ -171,8 +170,174 @@ def paired(folders, flag):
     return [others[picture["name"]] for picture in folders["images"]]
 
 
+# === Flags: the same in every script ===
+#
+# What they ask of the text above:
+#
+#   parse_args(argv)
+#       parses the command line with a Parser and read_flags, and says what is wrong with it
+#
+# They offer: types of values (positive_int and the like, path_name, switch), is_writable, Parser, read_flags.
+
+
+def bounded(text, kind, low, high=sys.float_info.max):
+    """Parses a number of some kind, int or float, that is neither below low nor above high."""
+    with contextlib.suppress(ValueError):
+        if low <= kind(text) <= high:
+            return kind(text)
+    raise argparse.ArgumentTypeError(f"must be a number of type {kind.__name__} from {low} to {high}, not {text}")
+
+
+def text_of(words):
+    """Takes a text that files can hold."""
+    if re.search("[\0\ud800-\udfff]", words):
+        raise argparse.ArgumentTypeError("must be text in UTF-8, without null bytes")
+    return words
+
+
+def path_name(words):
+    """Takes the name of a file or a folder."""
+    if not words or words.startswith("~/"):
+        raise argparse.ArgumentTypeError(f"must be a path, with the home folder written out, not {words!r}")
+    return text_of(words)
+
+
+positive_int = functools.partial(bounded, kind=int, low=1, high=10**12)
+natural_int = functools.partial(bounded, kind=int, low=0, high=10**12)
+positive_float = functools.partial(bounded, kind=float, low=1e-6)
+non_negative = functools.partial(bounded, kind=float, low=0.0)
+fraction = functools.partial(bounded, kind=float, low=0.0, high=1.0)
+below_one = functools.partial(bounded, kind=float, low=0.0, high=0.999999)
+seed_number = functools.partial(bounded, kind=int, low=0, high=2**64 - 1)
+switch = {"action": argparse.BooleanOptionalAction, "default": False}
+SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "timestamp")}
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes a file of flags, too, and says what is wrong with flags without listing them all."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+        self.register("type", None, text_of)
+        self.add_argument("--config", help="a YAML file of flags; the command line wins over it")
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {re.sub('(?<![/.])hf_[A-Za-z0-9]{20,}', 'hf_...', message)}\n")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Adds the default to a help that does not speak of it, unless there is none."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        absent = default is None or default is False or default is argparse.SUPPRESS
+        silent = absent or "default" in action.help or action.nargs == 0
+        return action.help if silent else f"{action.help} (default: {default})"
+
+
+def is_writable(folder):
+    """Tells whether a folder can be written to or, if there is none, made."""
+    places = (Path(folder), *Path(folder).absolute().parents)
+    nearest = next(place for place in places if os.path.lexists(place))
+    return os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK)
+
+
+def unrecognized(flag, flags):
+    """Says that a flag is none of those, and which of them may have been meant."""
+    close = difflib.get_close_matches(flag, flags, n=1)
+    return f"unrecognized argument {flag}" + (f": did you mean {close[0]}?" if close else "")
+
+
+def config_value(parser, action, node):
+    """Makes a flag's value of what stands in a config file, as of a typed word; None if nothing stands there."""
+    kind = node.tag.removeprefix("tag:yaml.org,2002:")
+    if kind == "null":
+        return None
+    if action.nargs == 0:
+        on = yaml.SafeLoader.bool_values.get(str(node.value).lower()) if kind == "bool" else None
+        if on is None:
+            raise argparse.ArgumentError(action, "must be true or false")
+        return on if action.const is None else action.const if on else None
+    several = action.nargs == "+"
+    nodes = node.value if several and kind == "seq" else [node]
+    if not nodes or not all(one.id == "scalar" and one.tag in SCALARS for one in nodes):
+        raise argparse.ArgumentError(action, "must be a list of texts" if several else "must be a single value")
+    values = [parser._get_value(action, one.value) for one in nodes]
+    for value in values:
+        parser._check_value(action, value)
+    return values if several else values[0]
+
+
+def config_values(parser, path, refused):
+    """Returns what a YAML file of flags says, by the names of the flags."""
+    try:
+        root = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:  # which would show the line, and the token that may stand there
+        problem = re.sub(r" '(!|-*\w).*", "", error.problem)
+        raise argparse.ArgumentError(None, f"line {error.problem_mark.line + 1} is not YAML: {problem}")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise argparse.ArgumentError(None, f"it cannot be read: {str(error).splitlines()[0]}")
+    if root is None:
+        return {}
+    if root.id != "mapping" or any(key.id != "scalar" for key, _ in root.value):
+        raise argparse.ArgumentError(None, "it does not consist of 'flag: value' lines")
+    actions = [action for action in parser._actions if action.option_strings and action.dest != "config"]
+    flags = {action.option_strings[0]: action for action in actions}
+    values = {}
+    for key, node in root.value:
+        flag = f"--{key.value}"
+        if flag in refused:
+            raise argparse.ArgumentError(None, f"{flag}: {refused[flag]}")
+        if flag not in flags:
+            raise argparse.ArgumentError(None, unrecognized(flag, flags))
+        if flags[flag].dest in values:
+            raise argparse.ArgumentError(None, f"{flag} is given twice")
+        values[flags[flag].dest] = config_value(parser, flags[flag], node)
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def read_config(parser, argv, refused):
+    """Returns what the file of --config says, if there is one."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.error = parser.error
+    first.add_argument("--config")
+    path = first.parse_known_args(argv)[0].config
+    try:
+        return {} if path is None else config_values(parser, path, refused)
+    except argparse.ArgumentError as error:
+        parser.error(f"--config {path}: {error}")
+
+
+def read_flags(parser, argv, refused, replaces):
+    """Returns the flags of the command line, with those of --config behind them, and the defaults behind both.
+
+    refused are flags that are not taken, and why. replaces are flags, each with one that says the same in other
+    words: a typed flag wins over the other one of the file, and either over the other one's default.
+    """
+    words = {word.split("=")[0] for word in argv}
+    for flag in refused.keys() & words:
+        parser.error(f"{flag}: {refused[flag]}")
+    known = parser._option_string_actions
+    typed = {known[flag].dest for flag in known.keys() & words}
+    config = read_config(parser, argv, refused)
+    for name in {replaces[name] for name in typed & replaces.keys()} - typed:
+        config.pop(name, None)
+    given = typed | config.keys()
+    parser.set_defaults(**config, **dict.fromkeys({replaces[name] for name in given & replaces.keys()} - given))
+    for action in parser._actions:
+        action.required &= action.dest not in config
+    args, unknown = parser.parse_known_args(argv)
+    if unknown and not unknown[0].startswith("--"):  # which may be a token
+        parser.error("a word stands there that belongs to no flag: quote values that have blanks, and see to `=`")
+    if unknown:
+        parser.error(unrecognized(unknown[0].split("=")[0], known))
+    return args
+
+
 if __name__ == "__main__":
-    args = parse_args()  # before the slow imports, so that --help and a wrong flag answer at once
+    args = parse_args(sys.argv[1:])  # before the slow imports, so that --help and a wrong flag answer at once
+
+# === End of flags ===
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it asks for torchvision, which nothing here needs
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -194,24 +359,21 @@ from transformers.utils.logging import disable_progress_bar
 # The formulas. Features are tensors (n, d), with a row for each picture or caption.
 
 
-def unit(features):
-    """Returns features scaled to length 1."""
-    return features / features.norm(dim=1, keepdim=True)
-
-
 def clip_score(images, captions):
     """Returns 100 max(cos, 0) of each picture and its caption, (n,): arXiv:2104.08718, eq. 1, with w = 100."""
-    return 100 * (unit(images) * unit(captions)).sum(1).clip(min=0)
+    return 100 * (F.normalize(images) * F.normalize(captions)).sum(1).clip(min=0)
 
 
 def clip_directional(images, captions, originals, original_captions):
     """Returns the cos between the changes of each picture and of its caption, (n,): arXiv:2108.00946, eq. 2."""
-    return F.cosine_similarity(unit(images) - unit(originals), unit(captions) - unit(original_captions))
+    changes = F.normalize(images) - F.normalize(originals)
+    told = F.normalize(captions) - F.normalize(original_captions)
+    return F.cosine_similarity(changes, told)
 
 
 def clip_i(images, references):
     """Returns each picture's mean cos with all references, (n,): arXiv:2208.12242, section 4.2."""
-    return unit(images) @ unit(references).mean(0)
+    return F.normalize(images) @ F.normalize(references).mean(0)
 
 
 def frechet(x, y):
@@ -233,43 +395,43 @@ def mean_kernel(kernel, x, y, unbiased):
     return total / (pairs - len(x) if unbiased else pairs)
 
 
+def discrepancy(kernel, x, y, unbiased):
+    """Returns the squared maximum mean discrepancy of two sets under a kernel: Gretton et al. 2012, eq. 3 and 5."""
+    inside = mean_kernel(kernel, x, x, unbiased) + mean_kernel(kernel, y, y, unbiased)
+    return inside - 2 * mean_kernel(kernel, x, y, False)
+
+
 def kid(x, y):
-    """Returns the squared maximum mean discrepancy under (x.y / d + 1)^3, unbiased: arXiv:1801.01401, section 4."""
-
-    def kernel(a, b):
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
-    return mean_kernel(kernel, x, x, True) + mean_kernel(kernel, y, y, True) - 2 * mean_kernel(kernel, x, y, False)
+    """Returns the discrepancy under (x.y / d + 1)^3, unbiased: arXiv:1801.01401, section 4."""
+    return discrepancy(lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3, x, y, True)
 
 
 def cmmd(x, y):
-    """Returns 1000 times that of unit vectors under exp(-|x - y|^2 / 200): arXiv:2401.09603, section 4.
+    """Returns 1000 times the discrepancy of unit vectors under exp(-|x - y|^2 / 200): arXiv:2401.09603, section 4.
 
     It counts pictures with themselves, as the authors' code does, so small sets of one law are apart.
     """
-    x, y = unit(x), unit(y)
-
-    def kernel(a, b):
-        return (-torch.cdist(a, b).square() / 200).exp()
-
-    sums = [mean_kernel(kernel, *pair, False) for pair in ((x, x), (y, y), (x, y))]
-    return 1000 * (sums[0] + sums[1] - 2 * sums[2])
+    x, y = F.normalize(x), F.normalize(y)
+    return 1000 * discrepancy(lambda a, b: (-torch.cdist(a, b).square() / 200).exp(), x, y, False)
 
 
-# What a metric takes: of a folder (mine) and of --reference (theirs), features by name.
-OF_PICTURES = {  # a number for each picture
-    "clip_score": lambda mine, theirs: clip_score(mine["pictures"], mine["captions"]),
-    "clip_directional": lambda mine, theirs: clip_directional(
-        mine["pictures"], mine["captions"], mine["originals"], mine["original captions"]
-    ),
-    "clip_i": lambda mine, theirs: clip_i(mine["pictures"], theirs["pictures"]),
+# Each metric's formula, and the features that it takes.
+FORMULAS = {
+    "clip_score": (clip_score, "pictures", "captions"),
+    "clip_directional": (clip_directional, "pictures", "captions", "originals", "original captions"),
+    "clip_i": (clip_i, "pictures", "reference"),
+    "kid": (kid, "pictures", "reference"),
+    "cmmd": (cmmd, "pictures", "reference"),
+    "frechet": (frechet, "pictures", "reference"),
+    "fid": (frechet, "inception", "inception of reference"),
 }
-OF_SETS = {
-    "kid": lambda mine, theirs: kid(mine["pictures"], theirs["pictures"]),
-    "cmmd": lambda mine, theirs: cmmd(mine["pictures"], theirs["pictures"]),
-    "frechet": lambda mine, theirs: frechet(mine["pictures"], theirs["pictures"]),
-    "fid": lambda mine, theirs: frechet(mine["inception"], theirs["inception"]),
-}
+OF_EACH = CAPTIONED | {"clip_i"}  # which give a number for each picture; the others are distances
+
+
+def values_of(metric, features, rows=slice(None), others=slice(None)):
+    """Returns a metric of some pictures, rows, by their features and those of some of the reference, others."""
+    formula, *names = FORMULAS[metric]
+    return formula(*(features[name][others if "reference" in name else rows] for name in names))
 
 
 # The 97.5 % quantiles of Student's t, for 1 to 19 degrees of freedom.
@@ -378,26 +540,24 @@ def encode(args, state, name, of_pictures, flag):
 
 
 def all_features(args, state):
-    """Returns on rank 0 the features by folder: of its pictures, and of what belongs to --images and --compare."""
+    """Returns on rank 0, for --images and --compare, the features that FORMULAS takes, by name."""
     model, name, of_pictures, of_captions = load_clip(args.clip_model, state.device)
     if "frechet" in args.metrics:
-        check_counts(args.folders, "frechet", model.config.projection_dim + 1)
-    features = {flag: {"pictures": encode(args, state, name, of_pictures, flag)} for flag in args.folders}
+        for flag, pictures in args.folders.items():
+            check_count(flag, pictures, "frechet", model.config.projection_dim + 1)
+    encoded = {flag: encode(args, state, name, of_pictures, flag) for flag in args.folders}
+    features = {flag: {"pictures": encoded[flag]} for flag in ("images", "compare") if flag in encoded}
+    shared = {flag: encoded[flag] for flag in ("originals", "reference") if flag in encoded}
     if "fid" in args.metrics:
         name, of_pictures = load_inception(state.device)
-        for flag in args.folders:
+        shared["inception of reference"] = encode(args, state, name, of_pictures, "reference")
+        for flag in features:
             features[flag]["inception"] = encode(args, state, name, of_pictures, flag)
-    if not state.is_main_process:
-        return None
-    more = {}
-    if {"clip_score", "clip_directional"} & {*args.metrics}:
-        more["captions"] = of_captions([picture["caption"] for picture in args.folders["images"]])
-    if args.originals:
-        more["originals"] = features["originals"]["pictures"]
-        more["original captions"] = of_captions([picture["caption"] for picture in args.folders["originals"]])
-    for flag in {"images", "compare"} & features.keys():
-        features[flag] |= more
-    return features
+    if state.is_main_process and CAPTIONED & {*args.metrics}:
+        shared["captions"] = of_captions([picture["caption"] for picture in args.folders["images"]])
+    if state.is_main_process and args.originals:
+        shared["original captions"] = of_captions([picture["caption"] for picture in args.folders["originals"]])
+    return {flag: own | shared for flag, own in features.items()}
 
 
 # The results
@@ -405,20 +565,13 @@ def all_features(args, state):
 
 def measure(args, features):
     """Returns, by metric, what each folder has and how the second one differs, each with its interval."""
-    theirs, results = features.get("reference", {}), {}
+    results = {}
     columns = ["images", "compare", "difference"] if args.compare else ["images"]
     for metric in tqdm(args.metrics, "measuring"):
-        formula = (OF_PICTURES | OF_SETS)[metric]
-        counts = [len(args.folders["images"])]
-        if NEEDS.get(metric) == "reference":
-            counts.append(len(args.folders["reference"]))
+        counts = [len(args.folders[flag]) for flag in ("images", "reference") if flag in ("images", NEEDS[metric])]
 
-        def figures(rows, others=slice(None), formula=formula):
-            chosen = {name: tensor[others] for name, tensor in theirs.items()}
-            values = []
-            for flag in columns[:2]:
-                mine = {name: tensor[rows] for name, tensor in features[flag].items()}
-                values.append(formula(mine, chosen).mean().item())
+        def figures(*rows, metric=metric):
+            values = [values_of(metric, features[flag], *rows).mean().item() for flag in features]
             return [*values, values[1] - values[0]] if args.compare else values
 
         results[metric] = dict(zip(columns, intervals(figures, *counts)))
@@ -441,17 +594,17 @@ def report(args, results):
         if low <= 0 <= high:
             print(f"{metric}: no difference is shown, as 0 lies in the interval.")
         else:
-            better = (low > 0) == (metric in OF_PICTURES)  # of distances, less is
+            better = (low > 0) == (metric in OF_EACH)  # of distances, less is
             way, verdict = "higher" if low > 0 else "lower", "better" if better else "worse"
             print(f"{metric}: a difference is shown. --compare is {way}, which is {verdict}.")
 
 
 def picture_rows(args, features):
     """Returns a row for each picture: its folder, name and caption, and its own metrics."""
-    metrics = [metric for metric in args.metrics if metric in OF_PICTURES]
+    metrics = [metric for metric in args.metrics if metric in OF_EACH]
     rows = []
-    for flag in [flag for flag in ("images", "compare") if flag in args.folders]:
-        values = [OF_PICTURES[metric](features[flag], features.get("reference")).tolist() for metric in metrics]
+    for flag in features:
+        values = [values_of(metric, features[flag]).tolist() for metric in metrics]
         for picture, *numbers in zip(args.folders[flag], *values):
             row = {"folder": flag, "file": str(picture["file"]), "caption": picture["caption"]}
             rows.append(row | dict(zip(metrics, numbers)))
@@ -469,7 +622,7 @@ def write_results(args, results, rows):
     writer.writeheader()
     writer.writerows(rows)
     replace_file(folder / "pictures.csv", lines.getvalue().encode())
-    metric = next((metric for metric in args.metrics if metric in OF_PICTURES), None)
+    metric = next((metric for metric in args.metrics if metric in OF_EACH), None)
     (folder / "best_and_worst.png").unlink(missing_ok=True)  # of other pictures
     if metric:
         ranked = sorted((row for row in rows if row["folder"] == "images"), key=lambda row: -row[metric])
@@ -486,10 +639,7 @@ def main(args):
     """Measures the pictures; ranks share their features, and the first one says and writes the results."""
     disable_progress_bar()
     state = start_processes()
-    try:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SystemExit(f"--output_dir {args.output_dir} cannot be made: {error}")
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     features = all_features(args, state)
     if state.is_main_process:
         results = measure(args, features)

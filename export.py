@@ -25,11 +25,15 @@ adapters and checkpoints go on is found in the run's train_args.yaml, in the mod
 # ///
 
 import argparse
+import contextlib
 import datetime
+import difflib
+import functools
 import inspect
 import logging
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 
@@ -43,18 +47,18 @@ DTYPES = ["fp32", "fp16", "bf16"]
 EXPORTED = ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "DDPMPipeline"]
 
 
-def parse_args(argv=None):
+def parse_args(argv):
     """Parses the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(__doc__.split("\n\n    python")[0])
     add = parser.add_argument
     add("result", help="what a training script left: a folder, a file or a Hub id")
     add("output", help="the file to write, if it ends in .safetensors, or else the folder")
     add("--base", help="what adapters or a checkpoint go on, if the run does not say; of a single file, its configs")
     add("--dtype", choices=DTYPES, default="fp32", help="precision of the weights that are written")
-    add("--use_ema", action="store_true", help="of a checkpoint, take the average of the weights, unet_ema/")
-    add("--merge_lora", action="store_true", help="add adapters to the weights of their base, and write that")
+    add("--use_ema", **switch, help="of a checkpoint, take the average of the weights, unet_ema/")
+    add("--merge_lora", **switch, help="add adapters to the weights of their base, and write that")
     add("--lora_scale", type=float, default=1.0, help="strength of adapters")
-    args = parser.parse_args(argv)
+    args = read_flags(parser, argv, {}, {})
     output = Path(args.output)
     if output.exists():
         parser.error(f"{output} is there already: name another output, or take that away")
@@ -65,8 +69,174 @@ def parse_args(argv=None):
     return args
 
 
+# === Flags: the same in every script ===
+#
+# What they ask of the text above:
+#
+#   parse_args(argv)
+#       parses the command line with a Parser and read_flags, and says what is wrong with it
+#
+# They offer: types of values (positive_int and the like, path_name, switch), is_writable, Parser, read_flags.
+
+
+def bounded(text, kind, low, high=sys.float_info.max):
+    """Parses a number of some kind, int or float, that is neither below low nor above high."""
+    with contextlib.suppress(ValueError):
+        if low <= kind(text) <= high:
+            return kind(text)
+    raise argparse.ArgumentTypeError(f"must be a number of type {kind.__name__} from {low} to {high}, not {text}")
+
+
+def text_of(words):
+    """Takes a text that files can hold."""
+    if re.search("[\0\ud800-\udfff]", words):
+        raise argparse.ArgumentTypeError("must be text in UTF-8, without null bytes")
+    return words
+
+
+def path_name(words):
+    """Takes the name of a file or a folder."""
+    if not words or words.startswith("~/"):
+        raise argparse.ArgumentTypeError(f"must be a path, with the home folder written out, not {words!r}")
+    return text_of(words)
+
+
+positive_int = functools.partial(bounded, kind=int, low=1, high=10**12)
+natural_int = functools.partial(bounded, kind=int, low=0, high=10**12)
+positive_float = functools.partial(bounded, kind=float, low=1e-6)
+non_negative = functools.partial(bounded, kind=float, low=0.0)
+fraction = functools.partial(bounded, kind=float, low=0.0, high=1.0)
+below_one = functools.partial(bounded, kind=float, low=0.0, high=0.999999)
+seed_number = functools.partial(bounded, kind=int, low=0, high=2**64 - 1)
+switch = {"action": argparse.BooleanOptionalAction, "default": False}
+SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "timestamp")}
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes a file of flags, too, and says what is wrong with flags without listing them all."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+        self.register("type", None, text_of)
+        self.add_argument("--config", help="a YAML file of flags; the command line wins over it")
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {re.sub('(?<![/.])hf_[A-Za-z0-9]{20,}', 'hf_...', message)}\n")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Adds the default to a help that does not speak of it, unless there is none."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        absent = default is None or default is False or default is argparse.SUPPRESS
+        silent = absent or "default" in action.help or action.nargs == 0
+        return action.help if silent else f"{action.help} (default: {default})"
+
+
+def is_writable(folder):
+    """Tells whether a folder can be written to or, if there is none, made."""
+    places = (Path(folder), *Path(folder).absolute().parents)
+    nearest = next(place for place in places if os.path.lexists(place))
+    return os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK)
+
+
+def unrecognized(flag, flags):
+    """Says that a flag is none of those, and which of them may have been meant."""
+    close = difflib.get_close_matches(flag, flags, n=1)
+    return f"unrecognized argument {flag}" + (f": did you mean {close[0]}?" if close else "")
+
+
+def config_value(parser, action, node):
+    """Makes a flag's value of what stands in a config file, as of a typed word; None if nothing stands there."""
+    kind = node.tag.removeprefix("tag:yaml.org,2002:")
+    if kind == "null":
+        return None
+    if action.nargs == 0:
+        on = yaml.SafeLoader.bool_values.get(str(node.value).lower()) if kind == "bool" else None
+        if on is None:
+            raise argparse.ArgumentError(action, "must be true or false")
+        return on if action.const is None else action.const if on else None
+    several = action.nargs == "+"
+    nodes = node.value if several and kind == "seq" else [node]
+    if not nodes or not all(one.id == "scalar" and one.tag in SCALARS for one in nodes):
+        raise argparse.ArgumentError(action, "must be a list of texts" if several else "must be a single value")
+    values = [parser._get_value(action, one.value) for one in nodes]
+    for value in values:
+        parser._check_value(action, value)
+    return values if several else values[0]
+
+
+def config_values(parser, path, refused):
+    """Returns what a YAML file of flags says, by the names of the flags."""
+    try:
+        root = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:  # which would show the line, and the token that may stand there
+        problem = re.sub(r" '(!|-*\w).*", "", error.problem)
+        raise argparse.ArgumentError(None, f"line {error.problem_mark.line + 1} is not YAML: {problem}")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise argparse.ArgumentError(None, f"it cannot be read: {str(error).splitlines()[0]}")
+    if root is None:
+        return {}
+    if root.id != "mapping" or any(key.id != "scalar" for key, _ in root.value):
+        raise argparse.ArgumentError(None, "it does not consist of 'flag: value' lines")
+    actions = [action for action in parser._actions if action.option_strings and action.dest != "config"]
+    flags = {action.option_strings[0]: action for action in actions}
+    values = {}
+    for key, node in root.value:
+        flag = f"--{key.value}"
+        if flag in refused:
+            raise argparse.ArgumentError(None, f"{flag}: {refused[flag]}")
+        if flag not in flags:
+            raise argparse.ArgumentError(None, unrecognized(flag, flags))
+        if flags[flag].dest in values:
+            raise argparse.ArgumentError(None, f"{flag} is given twice")
+        values[flags[flag].dest] = config_value(parser, flags[flag], node)
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def read_config(parser, argv, refused):
+    """Returns what the file of --config says, if there is one."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.error = parser.error
+    first.add_argument("--config")
+    path = first.parse_known_args(argv)[0].config
+    try:
+        return {} if path is None else config_values(parser, path, refused)
+    except argparse.ArgumentError as error:
+        parser.error(f"--config {path}: {error}")
+
+
+def read_flags(parser, argv, refused, replaces):
+    """Returns the flags of the command line, with those of --config behind them, and the defaults behind both.
+
+    refused are flags that are not taken, and why. replaces are flags, each with one that says the same in other
+    words: a typed flag wins over the other one of the file, and either over the other one's default.
+    """
+    words = {word.split("=")[0] for word in argv}
+    for flag in refused.keys() & words:
+        parser.error(f"{flag}: {refused[flag]}")
+    known = parser._option_string_actions
+    typed = {known[flag].dest for flag in known.keys() & words}
+    config = read_config(parser, argv, refused)
+    for name in {replaces[name] for name in typed & replaces.keys()} - typed:
+        config.pop(name, None)
+    given = typed | config.keys()
+    parser.set_defaults(**config, **dict.fromkeys({replaces[name] for name in given & replaces.keys()} - given))
+    for action in parser._actions:
+        action.required &= action.dest not in config
+    args, unknown = parser.parse_known_args(argv)
+    if unknown and not unknown[0].startswith("--"):  # which may be a token
+        parser.error("a word stands there that belongs to no flag: quote values that have blanks, and see to `=`")
+    if unknown:
+        parser.error(unrecognized(unknown[0].split("=")[0], known))
+    return args
+
+
 if __name__ == "__main__":
-    args = parse_args()  # before the slow imports, so that --help and a wrong flag answer at once
+    args = parse_args(sys.argv[1:])  # before the slow imports, so that --help and a wrong flag answer at once
+
+# === End of flags ===
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it asks for torchvision, which nothing here needs
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -187,7 +357,6 @@ def file_metadata(args, pipeline, flags, adapter=""):
     """Returns what a file says of itself: the modelspec's fields."""
     resolution = flags.get("resolution") or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     fields = modelspec(pipeline, Path(args.output).stem, resolution, adapter)
-    fields["modelspec.date"] = datetime.date.today().isoformat()
     if flags.get("instance_prompt"):
         fields["modelspec.trigger_phrase"] = flags["instance_prompt"]
     return fields
@@ -374,7 +543,7 @@ def kohya_family(pipeline):
 
 
 def modelspec(pipeline, title, resolution, adapter=""):
-    """Returns what the modelspec (1.0.1) asks of a file: its five MUST fields, and what the model predicts."""
+    """Returns what the modelspec (1.0.1) asks of a file: its five MUST fields, the day and the prediction type."""
     kind = kohya_family(pipeline)[1]
     own_names = adapter and "xl" not in kind  # such adapters have the layers' names of diffusers
     fields = {
@@ -383,6 +552,7 @@ def modelspec(pipeline, title, resolution, adapter=""):
         "implementation": "diffusers" if own_names else "https://github.com/Stability-AI/generative-models",
         "title": title,
         "resolution": f"{resolution}x{resolution}",
+        "date": datetime.date.today().isoformat(),
         "prediction_type": pipeline.scheduler.config.prediction_type.removesuffix("_prediction"),
     }
     return {f"modelspec.{name}": value for name, value in fields.items()}

@@ -28,8 +28,11 @@ pictures, with --compare, are in compare/.
 
 import argparse
 import collections
+import contextlib
 import csv
 import datetime
+import difflib
+import functools
 import hashlib
 import inspect
 import io
@@ -37,6 +40,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -49,14 +53,13 @@ import yaml
 # The flags and the prompts
 
 
-NUMBERS = {"seed": int, "num_inference_steps": int, "guidance_scale": float, "image_guidance_scale": float}
-NUMBERS |= {"height": int, "width": int}
+NUMBERS = ("seed", "num_inference_steps", "guidance_scale", "image_guidance_scale", "height", "width")
 COLUMNS = ("prompt", "text", "negative_prompt", "image", *NUMBERS)  # of a file of prompts; text is a prompt, too
 
 
-def parse_args(argv=None):
+def parse_args(argv):
     """Parses the command line, and works out args.jobs; what is wrong is said before anything heavy loads."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(__doc__.split("\n\n    accelerate")[0])
     add = parser.add_argument
     add("--model", nargs="+", required=True, help="what to draw with; adapters and words after it go onto it")
     add("--base", help="what adapters, a word or a UNet go on, if the run does not say; of a single file, its configs")
@@ -66,61 +69,69 @@ def parse_args(argv=None):
     add("--prompts", help="a .txt with a prompt a line, or .jsonl, .csv, .parquet with columns " + ", ".join(COLUMNS))
     add("--negative_prompt", help="what not to draw")
     add("--image", help="picture to start from, or to be controlled by, if the model takes one")
-    add("--num_images_per_prompt", type=int, default=1, help="pictures of each prompt")
-    add("--seed", type=int, default=0, help="names, with prompt and number, the noise of a picture")
-    add("--num_inference_steps", type=int, help="default: the pipeline's")
-    add("--guidance_scale", type=float, help="default: the pipeline's")
-    add("--image_guidance_scale", type=float, help="of an editor, how near to --image; default: the pipeline's")
-    add("--height", type=int, help="in pixels; default: the run's --resolution, or the pipeline's")
-    add("--width", type=int, help="in pixels; default: the run's --resolution, or the pipeline's")
+    add("--num_images_per_prompt", type=positive_int, default=1, help="pictures of each prompt")
+    add("--seed", type=seed_number, default=0, help="names, with prompt and number, the noise of a picture")
+    add("--num_inference_steps", type=positive_int, help="default: the pipeline's")
+    add("--guidance_scale", type=non_negative, help="default: the pipeline's")
+    add("--image_guidance_scale", type=non_negative, help="of an editor, how near to --image; default: the pipeline's")
+    add("--height", type=positive_int, help="in pixels; default: the run's --resolution, or the pipeline's")
+    add("--width", type=positive_int, help="in pixels; default: the run's --resolution, or the pipeline's")
     add("--scheduler", help="a sampler of diffusers, such as DPMSolverMultistepScheduler; default: the model's")
     add("--dtype", choices=["fp32", "fp16", "bf16"], help="default: fp16 on a GPU, fp32 on a CPU")
-    add("--batch_size", type=int, default=1, help="pictures at once; batch-mates change each other's last bits")
-    add("--vae_tiling", action="store_true", help="decode large pictures in parts, which takes less memory")
-    add("--torch_compile", action="store_true", help="compile the UNet's blocks, for hundreds of pictures")
-    add("--output_dir", default="generated", help="folder of what is drawn")
-    args = parser.parse_args(argv)
-    if min(args.num_images_per_prompt, args.batch_size) < 1:
-        parser.error("--num_images_per_prompt and --batch_size have to be 1 or more")
+    add("--batch_size", type=positive_int, default=1, help="pictures at once; this changes their last bits")
+    add("--vae_tiling", **switch, help="decode large pictures in parts, which takes less memory")
+    add("--torch_compile", **switch, help="compile the UNet's blocks, for hundreds of pictures")
+    add("--output_dir", type=path_name, default="generated", help="folder of what is drawn")
+    args = read_flags(parser, argv, {}, {})
     if args.prompt and args.prompts:
         parser.error("give --prompt or --prompts, not both")
+    if not is_writable(args.output_dir):
+        parser.error(f"--output_dir {args.output_dir} is no folder that can be made or written to")
     rows = read_prompts(args.prompts) if args.prompts else [{"prompt": prompt} for prompt in args.prompt or [""]]
     args.jobs = make_jobs(args, rows)
     return args
 
 
+def read_rows(path):
+    """Returns the rows of a file of prompts, as dictionaries."""
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        return parquet.read_table(path).to_pylist()
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(text), strict=True))
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if path.suffix == ".jsonl":
+        return [dict(json.loads(line)) for line in lines]
+    return [{"prompt": line} for line in lines]
+
+
 def read_prompts(file):
     """Returns the rows of a file of prompts: dictionaries of some of COLUMNS, each with a prompt."""
-    path = Path(file)
+    kinds = dict.fromkeys(("num_inference_steps", "height", "width"), positive_int)
+    kinds |= {"seed": seed_number, "guidance_scale": non_negative, "image_guidance_scale": non_negative}
+    if Path(file).suffix not in (".txt", ".jsonl", ".csv", ".parquet"):
+        raise SystemExit(f"--prompts {file} has another ending than .txt, .jsonl, .csv or .parquet: rename it.")
     try:
-        if path.suffix == ".parquet":
-            from pyarrow import parquet
-
-            rows = parquet.read_table(path).to_pylist()
-        else:
-            lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-            readers = {
-                ".txt": lambda lines: [{"prompt": line.strip()} for line in lines],
-                ".jsonl": lambda lines: [json.loads(line) for line in lines],
-                ".csv": lambda lines: list(csv.DictReader(lines, strict=True)),
-            }
-            rows = readers[path.suffix](lines)
-        known = [{name: row[name] for name in COLUMNS if row.get(name) not in (None, "")} for row in rows]
-        for row in known:
-            row.update({name: kind(row[name]) for name, kind in NUMBERS.items() if name in row})
-            row["prompt"] = row["prompt"] if "prompt" in row else row["text"]
-    except KeyError as error:
-        way_out = "take a .txt, .jsonl, .csv or .parquet, the last three with a column prompt or text"
-        raise SystemExit(
-            f"--prompts {file}: {error} is no ending that is read, or a column that a row lacks: {way_out}."
-        )
-    except Exception as error:  # anything, from a missing file to a number that is none
+        rows = read_rows(Path(file))
+    except Exception as error:  # anything, from a missing file to one that is torn
         raise SystemExit(f"--prompts {file} cannot be read: {error}")
-    if not known:
+    if not rows:
         raise SystemExit(f"--prompts {file} holds no prompt.")
     if others := {str(name) for row in rows for name in row} - {*COLUMNS}:
         print(f"--prompts {file}: columns that are not read: {', '.join(sorted(others))}", file=sys.stderr)
-    return known
+    rows = [{name: row[name] for name in COLUMNS if row.get(name) not in (None, "")} for row in rows]
+    for number, row in enumerate(rows, 1):
+        row.setdefault("prompt", row.get("text"))
+        if not isinstance(row["prompt"], str):
+            raise SystemExit(f"--prompts {file}: row {number} has no text in a column prompt or text.")
+        for name in kinds.keys() & row.keys():
+            try:
+                row[name] = kinds[name](row[name])
+            except (argparse.ArgumentTypeError, TypeError) as error:
+                raise SystemExit(f"--prompts {file}: {name} of row {number} {error}.")
+    return rows
 
 
 def make_jobs(args, rows):
@@ -133,9 +144,6 @@ def make_jobs(args, rows):
         settings = {name: row.get(name, getattr(args, name)) for name in ("negative_prompt", "image", *NUMBERS)}
         if settings["image"] and not Path(settings["image"]).is_file():
             raise SystemExit(f"There is no picture {settings['image']}.")
-        for name in ("num_inference_steps", "height", "width"):
-            if settings[name] is not None and settings[name] < 1:
-                raise SystemExit(f"{name} has to be 1 or more, not {settings[name]}.")
         for copy in range(args.num_images_per_prompt):
             job = {"file_name": f"{place:05d}-{copy}.png", "prompt": row["prompt"], **settings}
             job["number"] = numbers[job["prompt"], job["seed"]]
@@ -144,8 +152,174 @@ def make_jobs(args, rows):
     return jobs
 
 
+# === Flags: the same in every script ===
+#
+# What they ask of the text above:
+#
+#   parse_args(argv)
+#       parses the command line with a Parser and read_flags, and says what is wrong with it
+#
+# They offer: types of values (positive_int and the like, path_name, switch), is_writable, Parser, read_flags.
+
+
+def bounded(text, kind, low, high=sys.float_info.max):
+    """Parses a number of some kind, int or float, that is neither below low nor above high."""
+    with contextlib.suppress(ValueError):
+        if low <= kind(text) <= high:
+            return kind(text)
+    raise argparse.ArgumentTypeError(f"must be a number of type {kind.__name__} from {low} to {high}, not {text}")
+
+
+def text_of(words):
+    """Takes a text that files can hold."""
+    if re.search("[\0\ud800-\udfff]", words):
+        raise argparse.ArgumentTypeError("must be text in UTF-8, without null bytes")
+    return words
+
+
+def path_name(words):
+    """Takes the name of a file or a folder."""
+    if not words or words.startswith("~/"):
+        raise argparse.ArgumentTypeError(f"must be a path, with the home folder written out, not {words!r}")
+    return text_of(words)
+
+
+positive_int = functools.partial(bounded, kind=int, low=1, high=10**12)
+natural_int = functools.partial(bounded, kind=int, low=0, high=10**12)
+positive_float = functools.partial(bounded, kind=float, low=1e-6)
+non_negative = functools.partial(bounded, kind=float, low=0.0)
+fraction = functools.partial(bounded, kind=float, low=0.0, high=1.0)
+below_one = functools.partial(bounded, kind=float, low=0.0, high=0.999999)
+seed_number = functools.partial(bounded, kind=int, low=0, high=2**64 - 1)
+switch = {"action": argparse.BooleanOptionalAction, "default": False}
+SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "timestamp")}
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes a file of flags, too, and says what is wrong with flags without listing them all."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+        self.register("type", None, text_of)
+        self.add_argument("--config", help="a YAML file of flags; the command line wins over it")
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {re.sub('(?<![/.])hf_[A-Za-z0-9]{20,}', 'hf_...', message)}\n")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Adds the default to a help that does not speak of it, unless there is none."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        absent = default is None or default is False or default is argparse.SUPPRESS
+        silent = absent or "default" in action.help or action.nargs == 0
+        return action.help if silent else f"{action.help} (default: {default})"
+
+
+def is_writable(folder):
+    """Tells whether a folder can be written to or, if there is none, made."""
+    places = (Path(folder), *Path(folder).absolute().parents)
+    nearest = next(place for place in places if os.path.lexists(place))
+    return os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK)
+
+
+def unrecognized(flag, flags):
+    """Says that a flag is none of those, and which of them may have been meant."""
+    close = difflib.get_close_matches(flag, flags, n=1)
+    return f"unrecognized argument {flag}" + (f": did you mean {close[0]}?" if close else "")
+
+
+def config_value(parser, action, node):
+    """Makes a flag's value of what stands in a config file, as of a typed word; None if nothing stands there."""
+    kind = node.tag.removeprefix("tag:yaml.org,2002:")
+    if kind == "null":
+        return None
+    if action.nargs == 0:
+        on = yaml.SafeLoader.bool_values.get(str(node.value).lower()) if kind == "bool" else None
+        if on is None:
+            raise argparse.ArgumentError(action, "must be true or false")
+        return on if action.const is None else action.const if on else None
+    several = action.nargs == "+"
+    nodes = node.value if several and kind == "seq" else [node]
+    if not nodes or not all(one.id == "scalar" and one.tag in SCALARS for one in nodes):
+        raise argparse.ArgumentError(action, "must be a list of texts" if several else "must be a single value")
+    values = [parser._get_value(action, one.value) for one in nodes]
+    for value in values:
+        parser._check_value(action, value)
+    return values if several else values[0]
+
+
+def config_values(parser, path, refused):
+    """Returns what a YAML file of flags says, by the names of the flags."""
+    try:
+        root = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:  # which would show the line, and the token that may stand there
+        problem = re.sub(r" '(!|-*\w).*", "", error.problem)
+        raise argparse.ArgumentError(None, f"line {error.problem_mark.line + 1} is not YAML: {problem}")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise argparse.ArgumentError(None, f"it cannot be read: {str(error).splitlines()[0]}")
+    if root is None:
+        return {}
+    if root.id != "mapping" or any(key.id != "scalar" for key, _ in root.value):
+        raise argparse.ArgumentError(None, "it does not consist of 'flag: value' lines")
+    actions = [action for action in parser._actions if action.option_strings and action.dest != "config"]
+    flags = {action.option_strings[0]: action for action in actions}
+    values = {}
+    for key, node in root.value:
+        flag = f"--{key.value}"
+        if flag in refused:
+            raise argparse.ArgumentError(None, f"{flag}: {refused[flag]}")
+        if flag not in flags:
+            raise argparse.ArgumentError(None, unrecognized(flag, flags))
+        if flags[flag].dest in values:
+            raise argparse.ArgumentError(None, f"{flag} is given twice")
+        values[flags[flag].dest] = config_value(parser, flags[flag], node)
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def read_config(parser, argv, refused):
+    """Returns what the file of --config says, if there is one."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.error = parser.error
+    first.add_argument("--config")
+    path = first.parse_known_args(argv)[0].config
+    try:
+        return {} if path is None else config_values(parser, path, refused)
+    except argparse.ArgumentError as error:
+        parser.error(f"--config {path}: {error}")
+
+
+def read_flags(parser, argv, refused, replaces):
+    """Returns the flags of the command line, with those of --config behind them, and the defaults behind both.
+
+    refused are flags that are not taken, and why. replaces are flags, each with one that says the same in other
+    words: a typed flag wins over the other one of the file, and either over the other one's default.
+    """
+    words = {word.split("=")[0] for word in argv}
+    for flag in refused.keys() & words:
+        parser.error(f"{flag}: {refused[flag]}")
+    known = parser._option_string_actions
+    typed = {known[flag].dest for flag in known.keys() & words}
+    config = read_config(parser, argv, refused)
+    for name in {replaces[name] for name in typed & replaces.keys()} - typed:
+        config.pop(name, None)
+    given = typed | config.keys()
+    parser.set_defaults(**config, **dict.fromkeys({replaces[name] for name in given & replaces.keys()} - given))
+    for action in parser._actions:
+        action.required &= action.dest not in config
+    args, unknown = parser.parse_known_args(argv)
+    if unknown and not unknown[0].startswith("--"):  # which may be a token
+        parser.error("a word stands there that belongs to no flag: quote values that have blanks, and see to `=`")
+    if unknown:
+        parser.error(unrecognized(unknown[0].split("=")[0], known))
+    return args
+
+
 if __name__ == "__main__":
-    args = parse_args()  # before the slow imports, so that --help and a wrong flag answer at once
+    args = parse_args(sys.argv[1:])  # before the slow imports, so that --help and a wrong flag answer at once
+
+# === End of flags ===
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it asks for torchvision, which nothing here needs
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -245,7 +245,7 @@ def read_rows(args, files, columns, others=None):
 # === End of data sets ===
 
 
-# === Flags: the same in every script ===
+# === Training flags: the same in every script that trains ===
 #
 # What they ask of the script's own half, which stands above:
 #
@@ -263,39 +263,8 @@ def read_rows(args, files, columns, others=None):
 #       or say it in other flags
 
 
-def bounded(text, kind, low, high=sys.float_info.max):
-    """Parses a number of some kind, int or float, that is neither below low nor above high."""
-    with contextlib.suppress(ValueError):
-        if low <= kind(text) <= high:
-            return kind(text)
-    raise argparse.ArgumentTypeError(f"must be a number of type {kind.__name__} from {low} to {high}, not {text}")
-
-
-def text_of(words):
-    """Takes a text that files can hold."""
-    if re.search("[\0\ud800-\udfff]", words):
-        raise argparse.ArgumentTypeError("must be text in UTF-8, without null bytes")
-    return words
-
-
-def path_name(words):
-    """Takes the name of a file or a folder."""
-    if not words or words.startswith("~/"):
-        raise argparse.ArgumentTypeError(f"must be a path, with the home folder written out, not {words!r}")
-    return text_of(words)
-
-
-positive_int = functools.partial(bounded, kind=int, low=1, high=10**12)
-natural_int = functools.partial(bounded, kind=int, low=0, high=10**12)
-positive_float = functools.partial(bounded, kind=float, low=1e-6)
-non_negative = functools.partial(bounded, kind=float, low=0.0)
-fraction = functools.partial(bounded, kind=float, low=0.0, high=1.0)
-below_one = functools.partial(bounded, kind=float, low=0.0, high=0.999999)
-seed_number = functools.partial(bounded, kind=int, low=0, high=2**64 - 1)
-switch = {"action": argparse.BooleanOptionalAction, "default": False}
 TRACKERS = ["tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio"]
 TRACKERS += ["all", "none"]
-SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "timestamp")}
 SHOWN_TOKEN = "--hub_token: the machine's other users, and accelerate launch's error messages, show the command line. "
 SHOWN_TOKEN += "Rather log in with `hf auth login`, or set HF_TOKEN."
 # Flags of every script that do nothing without others, as in NEEDS.
@@ -314,23 +283,6 @@ REPLACES = {
     "num_train_epochs": "max_train_steps",
     "max_train_steps": "num_train_epochs",
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the flags, without listing them all."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {re.sub('(?<![/.])hf_[A-Za-z0-9]{20,}', 'hf_...', message)}\n")
-
-
-class HelpFormatter(argparse.HelpFormatter):
-    """Adds the default to a help that does not speak of it, unless there is none."""
-
-    def _get_help_string(self, action):
-        default = DEFAULTS.get(action.dest, action.default)
-        absent = default is None or default is False or action.default is argparse.SUPPRESS
-        silent = absent or "default" in action.help or action.nargs == 0
-        return action.help if silent else f"{action.help} (default: {default})"
 
 
 def add_common_flags(parser):
@@ -425,13 +377,6 @@ def may_be_model(path):
     return os.path.isdir(path) or bool(by_its_form)
 
 
-def is_writable(folder):
-    """Tells whether a folder can be written to or, if there is none, made."""
-    places = (Path(folder), *Path(folder).absolute().parents)
-    nearest = next(place for place in places if os.path.lexists(place))
-    return os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK)
-
-
 def cache_folder(args):
     """Where this machine keeps checked pictures, latents and embeddings between runs."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -488,6 +433,115 @@ def common_problems(args):
     ]
 
 
+def print_idle(args, usual):
+    """Says which flags were given and do nothing, as none of those that they need was."""
+    for flag, needed in (COMMON_NEEDS | NEEDS).items():
+        given = getattr(args, flag)
+        if given and given != usual[flag] and not any(is_given(args, words) for words in needed.split(" or ")):
+            print(f"--{flag} does nothing without --{needed.replace(' or ', ' or --')}.", file=sys.stderr)
+
+
+def is_given(args, words):
+    """Tells whether a flag is set, or has the value that stands behind its name."""
+    name, *value = words.split()
+    return getattr(args, name) in value if value else bool(getattr(args, name))
+
+
+def parse_args(argv):
+    """Parses and checks the command line; whatever is wrong with it is said here, before anything heavy loads."""
+    parser = Parser(__doc__.split("\n")[0])
+    add_flags(parser)
+    add_common_flags(parser)
+    add_saving_flags(parser)
+    parser.set_defaults(**DEFAULTS)
+    usual = {action.dest: action.default for action in parser._actions}
+    args = read_flags(parser, argv, REFUSED, REPLACES)
+    given = argparse.Namespace(**vars(args))
+    for problem, sentence in check_flags(args) + common_problems(args):
+        if problem:
+            parser.error(sentence)
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one says it
+        print_idle(given, usual)
+        if any(word.split("=")[0] == "--hub_token" for word in argv):
+            print(SHOWN_TOKEN, file=sys.stderr)
+    return args
+
+
+# === End of training flags ===
+
+
+# === Flags: the same in every script ===
+#
+# What they ask of the text above:
+#
+#   parse_args(argv)
+#       parses the command line with a Parser and read_flags, and says what is wrong with it
+#
+# They offer: types of values (positive_int and the like, path_name, switch), is_writable, Parser, read_flags.
+
+
+def bounded(text, kind, low, high=sys.float_info.max):
+    """Parses a number of some kind, int or float, that is neither below low nor above high."""
+    with contextlib.suppress(ValueError):
+        if low <= kind(text) <= high:
+            return kind(text)
+    raise argparse.ArgumentTypeError(f"must be a number of type {kind.__name__} from {low} to {high}, not {text}")
+
+
+def text_of(words):
+    """Takes a text that files can hold."""
+    if re.search("[\0\ud800-\udfff]", words):
+        raise argparse.ArgumentTypeError("must be text in UTF-8, without null bytes")
+    return words
+
+
+def path_name(words):
+    """Takes the name of a file or a folder."""
+    if not words or words.startswith("~/"):
+        raise argparse.ArgumentTypeError(f"must be a path, with the home folder written out, not {words!r}")
+    return text_of(words)
+
+
+positive_int = functools.partial(bounded, kind=int, low=1, high=10**12)
+natural_int = functools.partial(bounded, kind=int, low=0, high=10**12)
+positive_float = functools.partial(bounded, kind=float, low=1e-6)
+non_negative = functools.partial(bounded, kind=float, low=0.0)
+fraction = functools.partial(bounded, kind=float, low=0.0, high=1.0)
+below_one = functools.partial(bounded, kind=float, low=0.0, high=0.999999)
+seed_number = functools.partial(bounded, kind=int, low=0, high=2**64 - 1)
+switch = {"action": argparse.BooleanOptionalAction, "default": False}
+SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "timestamp")}
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes a file of flags, too, and says what is wrong with flags without listing them all."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+        self.register("type", None, text_of)
+        self.add_argument("--config", help="a YAML file of flags; the command line wins over it")
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {re.sub('(?<![/.])hf_[A-Za-z0-9]{20,}', 'hf_...', message)}\n")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Adds the default to a help that does not speak of it, unless there is none."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        absent = default is None or default is False or default is argparse.SUPPRESS
+        silent = absent or "default" in action.help or action.nargs == 0
+        return action.help if silent else f"{action.help} (default: {default})"
+
+
+def is_writable(folder):
+    """Tells whether a folder can be written to or, if there is none, made."""
+    places = (Path(folder), *Path(folder).absolute().parents)
+    nearest = next(place for place in places if os.path.lexists(place))
+    return os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK)
+
+
 def unrecognized(flag, flags):
     """Says that a flag is none of those, and which of them may have been meant."""
     close = difflib.get_close_matches(flag, flags, n=1)
@@ -514,7 +568,7 @@ def config_value(parser, action, node):
     return values if several else values[0]
 
 
-def config_values(parser, path):
+def config_values(parser, path, refused):
     """Returns what a YAML file of flags says, by the names of the flags."""
     try:
         root = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
@@ -527,12 +581,13 @@ def config_values(parser, path):
         return {}
     if root.id != "mapping" or any(key.id != "scalar" for key, _ in root.value):
         raise argparse.ArgumentError(None, "it does not consist of 'flag: value' lines")
-    flags = {action.option_strings[0]: action for action in parser._actions if action.dest != "config"}
+    actions = [action for action in parser._actions if action.option_strings and action.dest != "config"]
+    flags = {action.option_strings[0]: action for action in actions}
     values = {}
     for key, node in root.value:
         flag = f"--{key.value}"
-        if flag in REFUSED:
-            raise argparse.ArgumentError(None, f"{flag}: {REFUSED[flag]}")
+        if flag in refused:
+            raise argparse.ArgumentError(None, f"{flag}: {refused[flag]}")
         if flag not in flags:
             raise argparse.ArgumentError(None, unrecognized(flag, flags))
         if flags[flag].dest in values:
@@ -541,75 +596,46 @@ def config_values(parser, path):
     return {name: value for name, value in values.items() if value is not None}
 
 
-def read_config(parser, argv):
-    """Returns what the file of --config gives, if there is one, and the command line does not say in other words."""
-    first = Parser(allow_abbrev=False, add_help=False)
+def read_config(parser, argv, refused):
+    """Returns what the file of --config says, if there is one."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.error = parser.error
     first.add_argument("--config")
     path = first.parse_known_args(argv)[0].config
     try:
-        config = config_values(parser, path) if path is not None else {}
+        return {} if path is None else config_values(parser, path, refused)
     except argparse.ArgumentError as error:
         parser.error(f"--config {path}: {error}")
+
+
+def read_flags(parser, argv, refused, replaces):
+    """Returns the flags of the command line, with those of --config behind them, and the defaults behind both.
+
+    refused are flags that are not taken, and why. replaces are flags, each with one that says the same in other
+    words: a typed flag wins over the other one of the file, and either over the other one's default.
+    """
+    words = {word.split("=")[0] for word in argv}
+    for flag in refused.keys() & words:
+        parser.error(f"{flag}: {refused[flag]}")
     known = parser._option_string_actions
-    given = {known[flag].dest for flag in (word.split("=")[0] for word in argv) if flag in known}
-    for name in {REPLACES[name] for name in given & REPLACES.keys()} - given:
+    typed = {known[flag].dest for flag in known.keys() & words}
+    config = read_config(parser, argv, refused)
+    for name in {replaces[name] for name in typed & replaces.keys()} - typed:
         config.pop(name, None)
+    given = typed | config.keys()
+    parser.set_defaults(**config, **dict.fromkeys({replaces[name] for name in given & replaces.keys()} - given))
     for action in parser._actions:
         action.required &= action.dest not in config
-    return config
-
-
-def print_idle(args, usual):
-    """Says which flags were given and do nothing, as none of those that they need was."""
-    for flag, needed in (COMMON_NEEDS | NEEDS).items():
-        given = getattr(args, flag)
-        if given and given != usual[flag] and not any(is_given(args, words) for words in needed.split(" or ")):
-            print(f"--{flag} does nothing without --{needed.replace(' or ', ' or --')}.", file=sys.stderr)
-
-
-def is_given(args, words):
-    """Tells whether a flag is set, or has the value that stands behind its name."""
-    name, *value = words.split()
-    return getattr(args, name) in value if value else bool(getattr(args, name))
-
-
-def parse_args(argv=None):
-    """Parses and checks the command line; whatever is wrong with it is said here, before anything heavy loads."""
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.formatter_class = HelpFormatter
-    parser.register("type", None, text_of)
-    parser.add_argument("--config", help="a YAML file of flags; the command line wins over it")
-    add_flags(parser)
-    add_common_flags(parser)
-    add_saving_flags(parser)
-    parser.set_defaults(**{name: value for name, value in DEFAULTS.items() if name not in REPLACES})
-    argv = sys.argv[1:] if argv is None else argv
-    typed = {word.split("=")[0] for word in argv}
-    for flag in REFUSED.keys() & typed:
-        parser.error(f"{flag}: {REFUSED[flag]}")
-    usual = {action.dest: action.default for action in parser._actions}
-    parser.set_defaults(**read_config(parser, argv))
     args, unknown = parser.parse_known_args(argv)
     if unknown and not unknown[0].startswith("--"):  # which may be a token
         parser.error("a word stands there that belongs to no flag: quote values that have blanks, and see to `=`")
     if unknown:
-        parser.error(unrecognized(unknown[0].split("=")[0], parser._option_string_actions))
-    given = argparse.Namespace(**vars(args))
-    for name, other in REPLACES.items():
-        if getattr(args, name) is None and getattr(args, other) is None:
-            setattr(args, name, DEFAULTS.get(name))
-    for problem, sentence in check_flags(args) + common_problems(args):
-        if problem:
-            parser.error(sentence)
-    if os.environ.get("RANK", "0") == "0":  # of several processes, one says it
-        print_idle(given, usual)
-        if "--hub_token" in typed:
-            print(SHOWN_TOKEN, file=sys.stderr)
+        parser.error(unrecognized(unknown[0].split("=")[0], known))
     return args
 
 
 if __name__ == "__main__":
-    args = parse_args()  # before the slow imports, so that --help and a wrong flag answer at once
+    args = parse_args(sys.argv[1:])  # before the slow imports, so that --help and a wrong flag answer at once
 
 # === End of flags ===
 

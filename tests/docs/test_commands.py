@@ -53,6 +53,7 @@ def test_same_flag_same_meaning(monkeypatch):
     for path in SCRIPTS:
         script = importlib.import_module(path.stem)
         own_defaults = {*script.DEFAULTS, *getattr(script, "WAYS", ())}
+        own_defaults |= {other for name, other in script.REPLACES.items() if name in own_defaults}
         for action in parser_of(path.stem, monkeypatch)._actions:
             meaning = {
                 "dest": action.dest,

@@ -24,7 +24,8 @@ FENCES = {
     "Stable Diffusion's flags": FAMILIES,
     "Data sets": {"train_lora.py", "train_text_to_image.py", "train_unconditional.py", *PAIRS},
     "Prior preservation": {"train_dreambooth.py", "train_lora.py"},
-    "Flags": {*FAMILIES, "train_unconditional.py"},
+    "Training flags": {*FAMILIES, "train_unconditional.py"},
+    "Flags": {path.name for path in PROGRAMS},
     "Kohya's format": {"train_lora.py", "export.py"},
     "Results": {"generate.py", "export.py"},
     "Programs": {"generate.py", "evaluate.py"},
@@ -230,7 +231,7 @@ def check_flags(args):
 """
     imports = source[source.index("import argparse") : source.index("# This script's flags")]
     names = {"__name__": "method", "__doc__": "A method."}
-    exec(imports + least + sync.fence_text(source, "Flags"), names)
+    exec(imports + least + sync.fence_text(source, "Training flags") + sync.fence_text(source, "Flags"), names)
     args = names["parse_args"](["--resolution", "16"])
     assert (args.output_dir, args.num_train_epochs, args.max_train_steps, args.validation_epochs) == (
         "out",

@@ -244,3 +244,33 @@ def test_a_missing_library_is_named(tiny_model, pictures, tmp_path, monkeypatch,
     with pytest.raises(SystemExit, match=r"pip install datasets"):
         run(train_text_to_image, *flags, "--train_data_dir", rows)
     assert [path.name for path in (tmp_path / "out").glob("*")] in ([], [".lock"])
+
+
+PROGRAMS = {  # some flags of each, as a file has them and as words
+    "generate": ({"model": ["a", "b"], "lora_scale": [0.5, 1], "seed": 3, "vae_tiling": True}, []),
+    "evaluate": ({"images": "{folder}", "metrics": ["kid"], "reference": "{folder}", "batch_size": 4}, []),
+    "export": ({"dtype": "fp16", "lora_scale": 0.5, "use_ema": True}, ["a", "b"]),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_take_files_of_flags(name, tmp_path, monkeypatch, capsys):
+    """The three that do not train read --config as the others do: a typed flag wins, a wrong one is named."""
+    monkeypatch.chdir(tmp_path)
+    flags, words = PROGRAMS[name]
+    folder = tmp_path / "pictures"
+    for number in range(20):
+        make_picture(folder / f"{number}.png")
+    flags = {flag: str(folder) if value == "{folder}" else value for flag, value in flags.items()}
+    program = importlib.import_module(name)
+    Path("flags.yaml").write_text(yaml.safe_dump(flags))
+    args = program.parse_args([*words, "--config", "flags.yaml"])
+    assert {flag: getattr(args, flag) for flag in flags} == flags
+    last = [*flags][-1]
+    typed = [f"--no-{last}"] if flags[last] is True else [f"--{last}", "5"]
+    assert getattr(program.parse_args([*words, "--config", "flags.yaml", *typed]), last) in (False, 5)
+    for wrong, said in (("no_such_flag: 1", "unrecognized argument --no_such_flag"), ("[", "line 1 is not YAML")):
+        Path("flags.yaml").write_text(wrong)
+        with pytest.raises(SystemExit):
+            program.parse_args([*words, "--config", "flags.yaml"])
+        assert f"error: --config flags.yaml: {said}" in capsys.readouterr().err

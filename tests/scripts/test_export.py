@@ -1,5 +1,6 @@
 """export.py: one file with the names that other programs look up, kohya's file, merged adapters, other precisions."""
 
+import datetime
 import json
 import os
 
@@ -215,10 +216,11 @@ def test_kohyas_file(results, tmp_path):
         made, found = load_file(results / kind / KOHYA), load_file(tmp_path / f"{kind}.safetensors")
         assert made.keys() == found.keys() and all(torch.equal(made[name], found[name]) for name in made)
         ours, theirs = told_by(results / kind / KOHYA), told_by(tmp_path / f"{kind}.safetensors")
-        own = {"modelspec.title", "ss_output_name", "ss_seed", "ss_learning_rate"}
+        own = {"modelspec.date", "modelspec.title", "ss_output_name", "ss_seed", "ss_learning_rate"}
         assert {key: ours[key] for key in ours.keys() - own} == {key: theirs.get(key) for key in ours.keys() - own}
         assert ours["modelspec.implementation"] == "diffusers" and ours["modelspec.resolution"] == "32x32"
-        assert "modelspec.date" not in ours and len(theirs["modelspec.date"]) == 10
+        today = (datetime.date.today() - datetime.timedelta(days=1), datetime.date.today())  # at midnight, too
+        assert all(datetime.date.fromisoformat(told["modelspec.date"]) in today for told in (ours, theirs))
 
 
 def test_a_scale_is_in_kohyas_alpha(results, tmp_path):

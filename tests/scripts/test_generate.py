@@ -334,28 +334,47 @@ def test_files_of_prompts(draw, tiny_model, tmp_path, capsys):
     assert "p.jsonl: columns that are not read: note\n" in capsys.readouterr().err
 
 
+def test_prompts_of_odd_lines(tmp_path):
+    """What only some readers take for the end of a line is part of a prompt, as is a line break in quotes."""
+    odd = "a red\u2028circle\x85"
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": odd}, ensure_ascii=False) + "\r\n")
+    (tmp_path / "p.csv").write_text('prompt,seed\n"a red\n\ncircle",5\n')
+    assert generate.read_prompts(tmp_path / "p.jsonl") == [{"prompt": odd}]
+    assert generate.read_prompts(tmp_path / "p.csv") == [{"prompt": "a red\n\ncircle", "seed": 5}]
+
+
 @pytest.mark.parametrize(
     "flags, said",
     [
         ("--seed 1", "draws from prompts: give --prompt or --prompts"),
         ("--prompts none.txt", "none.txt cannot be read: .*No such file"),
         ("--prompts empty.txt", "empty.txt holds no prompt"),
-        ("--prompts a.odt", "'.odt' is no ending that is read"),
-        ("--prompts a.jsonl", "a column that a row lacks"),
+        ("--prompts a.odt", "a.odt has another ending than .txt, .jsonl"),
+        ("--prompts a.jsonl", "a.jsonl: row 1 has no text in a column prompt or text"),
+        ("--prompts list.jsonl", "list.jsonl: row 1 has no text in a column prompt or text"),
         ("--prompts torn.jsonl", "torn.jsonl cannot be read: Expecting value"),
-        ("--prompts seed.jsonl", "seed.jsonl cannot be read: invalid literal for int"),
+        ("--prompts seed.jsonl", "seed.jsonl: seed of row 1 must be a number of type int from 0"),
         ("--prompt x --image none.png", "There is no picture none.png"),
         ("--prompt x --scheduler Nothing", "cannot be loaded: .*Nothing"),
         ("--prompt x --image there.png", "A StableDiffusionPipeline takes no image"),
-        ("--prompt x --num_inference_steps 0", "num_inference_steps has to be 1 or more, not 0"),
+        (
+            "--prompt x --num_inference_steps 0",
+            "--num_inference_steps: must be a number of type int from 1 to .*, not 0",
+        ),
         ("--prompt x --height 33", "00000-0.png cannot be drawn: .*divisible by 8"),
-        ("--prompt x --num_processes 2", "unrecognized arguments: --num_processes 2"),
+        ("--prompt x --num_processes 2", "unrecognized argument --num_processes"),
     ],
 )
 def test_refused(draw, tmp_path, monkeypatch, capsys, flags, said):
     """A sentence that names the flag or the file."""
     monkeypatch.chdir(tmp_path)
-    texts = {"empty.txt": "\n", "a.odt": "x", "a.jsonl": '{"caption": "x"}', "torn.jsonl": "x"}
+    texts = {
+        "empty.txt": "\n",
+        "a.odt": "x",
+        "list.jsonl": '{"prompt": [1]}',
+        "a.jsonl": '{"caption": "x"}',
+        "torn.jsonl": "x",
+    }
     for name, text in {**texts, "seed.jsonl": '{"prompt": "x", "seed": "x"}'}.items():
         (tmp_path / name).write_text(text)
     Image.new("RGB", (8, 8)).save(tmp_path / "there.png")
