@@ -35,6 +35,7 @@ widens it. Features are those of a CLIP (--clip_model): figures of two CLIPs can
 import argparse
 import contextlib
 import csv
+import ctypes
 import datetime
 import difflib
 import functools
@@ -46,6 +47,8 @@ import logging
 import math
 import os
 import re
+import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -348,6 +351,7 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from diffusers.utils import make_image_grid
+from filelock import Timeout
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -508,10 +512,10 @@ def model_digest(model, settings):
     return total.hexdigest()
 
 
-def encode(args, state, name, of_pictures, flag):
+def encode(args, state, stop, name, of_pictures, flag):
     """Returns on rank 0 the features of a folder's pictures, (n, d): those kept under a model's name, and new ones.
 
-    Rank 0 says which are missing, and ranks share them.
+    Rank 0 says which are missing, and ranks share them. A signal ends all ranks, once what they have is kept.
     """
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(args.encoding_cache_dir or Path(home, "diffusion-training"), "features")
@@ -527,32 +531,33 @@ def encode(args, state, name, of_pictures, flag):
     for batch in tqdm(batches, f"features of --{flag}", disable=not state.is_main_process):
         features = of_pictures([open_picture(files[name]) for name in batch])
         new |= {name: row.clone() for name, row in zip(batch, features)}
+        if stop.signum:
+            break
     for part in gather_object([new]):
         kept |= part
-    if not state.is_main_process:
-        return None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_file(kept_in, save({name: kept[name] for name in files}))
-    except OSError as error:
-        print(f"Features are not kept, as {folder} cannot be written: {error}")
-    return torch.stack([kept[name] for name in names]).double()
+    if state.is_main_process:
+        try:
+            replace_file(kept_in, save({name: kept[name] for name in files if name in kept}))
+        except OSError as error:
+            print(f"Features are not kept, as {folder} cannot be written: {error}")
+    stop.exit_if_asked()
+    return torch.stack([kept[name] for name in names]).double() if state.is_main_process else None
 
 
-def all_features(args, state):
+def all_features(args, state, stop):
     """Returns on rank 0, for --images and --compare, the features that FORMULAS takes, by name."""
     model, name, of_pictures, of_captions = load_clip(args.clip_model, state.device)
     if "frechet" in args.metrics:
         for flag, pictures in args.folders.items():
             check_count(flag, pictures, "frechet", model.config.projection_dim + 1)
-    encoded = {flag: encode(args, state, name, of_pictures, flag) for flag in args.folders}
+    encoded = {flag: encode(args, state, stop, name, of_pictures, flag) for flag in args.folders}
     features = {flag: {"pictures": encoded[flag]} for flag in ("images", "compare") if flag in encoded}
     shared = {flag: encoded[flag] for flag in ("originals", "reference") if flag in encoded}
     if "fid" in args.metrics:
         name, of_pictures = load_inception(state.device)
-        shared["inception of reference"] = encode(args, state, name, of_pictures, "reference")
+        shared["inception of reference"] = encode(args, state, stop, name, of_pictures, "reference")
         for flag in features:
-            features[flag]["inception"] = encode(args, state, name, of_pictures, flag)
+            features[flag]["inception"] = encode(args, state, stop, name, of_pictures, flag)
     if state.is_main_process and CAPTIONED & {*args.metrics}:
         shared["captions"] = of_captions([picture["caption"] for picture in args.folders["images"]])
     if state.is_main_process and args.originals:
@@ -638,21 +643,25 @@ def write_results(args, results, rows):
 def main(args):
     """Measures the pictures; ranks share their features, and the first one says and writes the results."""
     disable_progress_bar()
-    state = start_processes()
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    features = all_features(args, state)
-    if state.is_main_process:
-        results = measure(args, features)
-        report(args, results)
-        write_results(args, results, picture_rows(args, features))
-        print(f"More is in {args.output_dir}.")
-    state.wait_for_everyone()
+    state, stop = start_processes(), StopFlag()
+    stop.listen()
+    features = all_features(args, state, stop)
+    with stop.ending_at_once():  # as what follows takes seconds
+        if state.is_main_process:
+            results = measure(args, features)
+            report(args, results)
+            try:
+                write_results(args, results, picture_rows(args, features))
+            except OSError as error:  # such as a full disk
+                raise SystemExit(failure("Writing", args.output_dir, error))
+            print(f"More is in {args.output_dir}.")
+        state.wait_for_everyone()
     state.destroy_process_group()
 
 
 # === Programs: the same in generate.py and evaluate.py ===
 #
-# It asks nothing of the text above. It offers: start_processes, open_picture, replace_file.
+# They ask nothing of the text above. They offer: start_processes, open_picture.
 
 
 def start_processes():
@@ -664,30 +673,131 @@ def start_processes():
 
 
 def open_picture(file):
-    """Opens a picture as people see it, and as the training scripts do: upright, on white, of 8 bits a color."""
+    """Opens a picture as the training scripts do, with 8 bits a color."""
     try:
-        with Image.open(file) as opened:
-            picture = ImageOps.exif_transpose(opened)
-        if picture.mode == "F" or picture.mode.startswith("I"):
-            values = np.asarray(picture, dtype=np.float32)
-            unit = 1 / 255 if picture.mode == "F" else 257
-            if picture.mode == "I" and values.max() <= 255:  # 32 bits for values of 8
-                unit = 1
-            picture = Image.fromarray((values / unit).clip(0, 255).round().astype(np.uint8))
-        picture = picture.convert("RGBA")
+        picture = open_image(Path(file).read_bytes())
     except Exception as error:  # Pillow raises nearly anything over broken files
         raise SystemExit(f"{file} does not open as a picture: {error}")
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return Image.fromarray(np.asarray(picture).round().astype(np.uint8)).convert("RGB")
+
+
+# === End of programs ===
+
+
+# === Files and signals: the same in every script ===
+#
+# They ask nothing of the text above. They offer: open_image, replace_file, take_lock, failure, StopFlag.
+
+
+STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"} & {*dir(signal)}
+
+
+def open_image(data):
+    """Decodes a picture upright, transparency on white, to RGB, or 16-bit or float grey to float32 in [0, 255]."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image, dtype=np.float32)
+        lowest, highest = values.min(), values.max()
+        if not (0 <= lowest and highest <= (1 if image.mode == "F" else 65535)):  # which holds for no NaN either
+            raise ValueError(
+                f"its grey values go from {lowest:g} to {highest:g}, not 0 to 1 (floats) or 65535 (integers)"
+            )
+        unit = 1 / 255 if image.mode == "F" else 257
+        if image.mode == "I" and highest <= 255:  # 32 bits for values of 8
+            unit = 1
+        return Image.fromarray((values / unit).clip(0, 255))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def replace_file(path, data):
     """Writes bytes beside the path and renames, so that the file is whole or not there."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_bytes(data)
-    os.replace(beside, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")  # containers can have the same process number
+    try:
+        beside.write_bytes(data)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
-# === End of programs ===
+def take_lock(lock, folder):
+    """Keeps other runs out of a folder until the lock is released, or this process ends; tells whether it can."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise SystemExit(f"Another run is at work in {folder}: let it end, stop it, or take another --output_dir.")
+    except OSError as error:  # a shared disk may know no locks
+        print(f"{folder} cannot be locked ({error}): see to it that no second run works there.")
+    return lock.is_locked
+
+
+def failure(what, folder, error):
+    """Says what failed in which folder, and what is free there, as a full disk is the most frequent reason."""
+    existing = next(path for path in Path(folder, "_").absolute().parents if path.exists())
+    free = shutil.disk_usage(existing).free / 2**30
+    *_, reason = ["no reason is known", *str(error).strip().splitlines()]  # a loader puts a traceback before it
+    return f"{what} failed for {folder}, where {free:.2f} GiB are free: {reason}"
+
+
+def is_launcher(pid):
+    """Tells whether a process is accelerate's launcher, by its command line on Linux."""
+    with contextlib.suppress(OSError):
+        words = os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")
+        names = [Path(word).name for word in words[:6]]  # python, its options, the launcher
+        return any(re.fullmatch(r"accelerate|accelerate-launch|accelerate\.commands\..*", name) for name in names)
+    return False
+
+
+class StopFlag:
+    """Remembers the first signal that asks the run to stop; a SIGINT after it stops at once."""
+
+    def __init__(self):
+        self.signum, self.at_once = 0, False
+
+    def listen(self):
+        """Takes the signals from here on; until then each ends the process, which may be waiting for others."""
+        for name in STOP_SIGNALS:
+            ignored = signal.getsignal(getattr(signal, name)) == signal.SIG_IGN
+            if not (name == "SIGHUP" and ignored):  # by nohup
+                signal.signal(getattr(signal, name), self.set)
+        # accelerate's launcher forwards nothing to a lone process, so a parent that vanishes counts as SIGTERM.
+        alone = "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ
+        if sys.platform == "linux" and alone and is_launcher(os.getppid()):
+            PR_SET_PDEATHSIG = 1
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    @contextlib.contextmanager
+    def ending_at_once(self):
+        """Has a signal end the process at once, where it may wait for the network and can lose nothing."""
+        if self.signum:
+            os._exit(128 + self.signum)
+        self.at_once = True
+        try:
+            yield
+        finally:
+            self.at_once = False
+
+    def set(self, signum, frame):
+        if self.at_once:
+            os._exit(128 + signum)  # without waiting for threads that wait for the network
+        if signum == signal.SIGINT and self.signum:
+            raise KeyboardInterrupt
+        self.signum = self.signum or signum
+
+    def was_asked(self):
+        """Returns the signal by which any rank was asked to stop, or 0; all ranks call this together."""
+        return max(gather_object([self.signum]))
+
+    def exit_if_asked(self):
+        """Ends every rank with 128 + signal if one was asked to stop; all ranks call this together."""
+        if signum := self.was_asked():
+            raise SystemExit(128 + signum)
+
+
+# === End of files and signals ===
 
 
 if __name__ == "__main__":

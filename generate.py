@@ -30,6 +30,7 @@ import argparse
 import collections
 import contextlib
 import csv
+import ctypes
 import datetime
 import difflib
 import functools
@@ -41,6 +42,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -329,7 +331,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from diffusers.utils import make_image_grid
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, ModelCard
@@ -466,11 +468,11 @@ def missing_jobs(folder, jobs, settings):
 
 def end_if_asked(state, stop):
     """Ends the process if a signal came."""
-    if stop:
+    if stop.signum:
         if state.is_main_process:
-            name = signal.Signals(stop[0]).name
+            name = signal.Signals(stop.signum).name
             print(f"Stopped by {name}. The same command draws what is missing.", file=sys.stderr)
-        raise SystemExit(128 + stop[0])
+        raise SystemExit(128 + stop.signum)
 
 
 def draw_missing(args, state, models, folder, stop):
@@ -524,49 +526,41 @@ def write_grid(folders, jobs, file, columns=8, rows=8, side=256):
     replace_file(file, png_bytes(make_image_grid(sheet, len(sheet) // columns, columns)))
 
 
-def lock_folder(output_dir):
-    """Keeps a second run out of the output folder for as long as what is returned lives."""
-    lock = FileLock(Path(output_dir, ".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise SystemExit(f"Another run is at work in {output_dir}: let it end, or take another --output_dir.")
-    return lock
-
-
 def main(args):
     """Draws what --output_dir lacks. A signal ends it after the batch at hand, with 128 + signal."""
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    state, stop = start_processes(), []
+    state, stop = start_processes(), StopFlag()
     models = {"pictures": args.model} | ({"compare": args.compare} if args.compare else {})
     folders = [Path(args.output_dir, name) for name in models]
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(args.output_dir) if state.is_main_process else None
-
-    def ask_to_stop(signum, frame):
-        if stop and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.append(signum)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ask_to_stop)
-    started = time.perf_counter()
-    drawn = sum(draw_missing(args, state, models[folder.name], folder, stop) for folder in folders)
-    seconds = time.perf_counter() - started
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)  # else none could end what waits for the others
-    state.wait_for_everyone()
-    if lock:  # as the main process has
-        for folder in folders:
-            write_metadata(folder, args.jobs)
-        write_grid(folders, args.jobs, Path(args.output_dir, "grid.png"))
-        speed = f"{drawn / seconds:.2f} a second with loading, on {state.num_processes} processes"
-        there = len(folders) * len(args.jobs) - drawn
-        print(f"{drawn} pictures drawn in {seconds:.1f} s ({speed}); {there} were there already.")
-        print(f"All are in {' and '.join(map(str, folders))}.")
+    lock = FileLock(Path(args.output_dir, ".lock"))
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        if state.is_main_process:
+            take_lock(lock, args.output_dir)
+        stop.listen()
+        started = time.perf_counter()
+        drawn = sum(draw_missing(args, state, models[folder.name], folder, stop) for folder in folders)
+        seconds = time.perf_counter() - started
+        with stop.ending_at_once():  # else none could end what waits for the others
+            state.wait_for_everyone()
+        if state.is_main_process:
+            files = [folder / job["file_name"] for folder in folders for job in args.jobs]
+            if lost := sum(not file.exists() for file in files):
+                way_out = "take an --output_dir that all machines share, or wait, and give the same command again"
+                raise SystemExit(f"{lost} pictures are not seen from here: {way_out}.")
+            for folder in folders:
+                write_metadata(folder, args.jobs)
+            write_grid(folders, args.jobs, Path(args.output_dir, "grid.png"))
+            speed = f"{drawn / seconds:.2f} a second with loading, on {state.num_processes} processes"
+            there = len(files) - drawn
+            print(f"{drawn} pictures drawn in {seconds:.1f} s ({speed}); {there} were there already.")
+            print(f"All are in {' and '.join(map(str, folders))}.")
+    except OSError as error:  # such as a full disk
+        raise SystemExit(failure("Drawing", args.output_dir, error))
+    finally:
+        lock.release()
     state.destroy_process_group()
 
 
@@ -785,7 +779,7 @@ def open_model(models, base, scales):
 
 # === Programs: the same in generate.py and evaluate.py ===
 #
-# It asks nothing of the text above. It offers: start_processes, open_picture, replace_file.
+# They ask nothing of the text above. They offer: start_processes, open_picture.
 
 
 def start_processes():
@@ -797,30 +791,131 @@ def start_processes():
 
 
 def open_picture(file):
-    """Opens a picture as people see it, and as the training scripts do: upright, on white, of 8 bits a color."""
+    """Opens a picture as the training scripts do, with 8 bits a color."""
     try:
-        with Image.open(file) as opened:
-            picture = ImageOps.exif_transpose(opened)
-        if picture.mode == "F" or picture.mode.startswith("I"):
-            values = np.asarray(picture, dtype=np.float32)
-            unit = 1 / 255 if picture.mode == "F" else 257
-            if picture.mode == "I" and values.max() <= 255:  # 32 bits for values of 8
-                unit = 1
-            picture = Image.fromarray((values / unit).clip(0, 255).round().astype(np.uint8))
-        picture = picture.convert("RGBA")
+        picture = open_image(Path(file).read_bytes())
     except Exception as error:  # Pillow raises nearly anything over broken files
         raise SystemExit(f"{file} does not open as a picture: {error}")
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return Image.fromarray(np.asarray(picture).round().astype(np.uint8)).convert("RGB")
+
+
+# === End of programs ===
+
+
+# === Files and signals: the same in every script ===
+#
+# They ask nothing of the text above. They offer: open_image, replace_file, take_lock, failure, StopFlag.
+
+
+STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"} & {*dir(signal)}
+
+
+def open_image(data):
+    """Decodes a picture upright, transparency on white, to RGB, or 16-bit or float grey to float32 in [0, 255]."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image, dtype=np.float32)
+        lowest, highest = values.min(), values.max()
+        if not (0 <= lowest and highest <= (1 if image.mode == "F" else 65535)):  # which holds for no NaN either
+            raise ValueError(
+                f"its grey values go from {lowest:g} to {highest:g}, not 0 to 1 (floats) or 65535 (integers)"
+            )
+        unit = 1 / 255 if image.mode == "F" else 257
+        if image.mode == "I" and highest <= 255:  # 32 bits for values of 8
+            unit = 1
+        return Image.fromarray((values / unit).clip(0, 255))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def replace_file(path, data):
     """Writes bytes beside the path and renames, so that the file is whole or not there."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_bytes(data)
-    os.replace(beside, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")  # containers can have the same process number
+    try:
+        beside.write_bytes(data)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
-# === End of programs ===
+def take_lock(lock, folder):
+    """Keeps other runs out of a folder until the lock is released, or this process ends; tells whether it can."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise SystemExit(f"Another run is at work in {folder}: let it end, stop it, or take another --output_dir.")
+    except OSError as error:  # a shared disk may know no locks
+        print(f"{folder} cannot be locked ({error}): see to it that no second run works there.")
+    return lock.is_locked
+
+
+def failure(what, folder, error):
+    """Says what failed in which folder, and what is free there, as a full disk is the most frequent reason."""
+    existing = next(path for path in Path(folder, "_").absolute().parents if path.exists())
+    free = shutil.disk_usage(existing).free / 2**30
+    *_, reason = ["no reason is known", *str(error).strip().splitlines()]  # a loader puts a traceback before it
+    return f"{what} failed for {folder}, where {free:.2f} GiB are free: {reason}"
+
+
+def is_launcher(pid):
+    """Tells whether a process is accelerate's launcher, by its command line on Linux."""
+    with contextlib.suppress(OSError):
+        words = os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")
+        names = [Path(word).name for word in words[:6]]  # python, its options, the launcher
+        return any(re.fullmatch(r"accelerate|accelerate-launch|accelerate\.commands\..*", name) for name in names)
+    return False
+
+
+class StopFlag:
+    """Remembers the first signal that asks the run to stop; a SIGINT after it stops at once."""
+
+    def __init__(self):
+        self.signum, self.at_once = 0, False
+
+    def listen(self):
+        """Takes the signals from here on; until then each ends the process, which may be waiting for others."""
+        for name in STOP_SIGNALS:
+            ignored = signal.getsignal(getattr(signal, name)) == signal.SIG_IGN
+            if not (name == "SIGHUP" and ignored):  # by nohup
+                signal.signal(getattr(signal, name), self.set)
+        # accelerate's launcher forwards nothing to a lone process, so a parent that vanishes counts as SIGTERM.
+        alone = "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ
+        if sys.platform == "linux" and alone and is_launcher(os.getppid()):
+            PR_SET_PDEATHSIG = 1
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    @contextlib.contextmanager
+    def ending_at_once(self):
+        """Has a signal end the process at once, where it may wait for the network and can lose nothing."""
+        if self.signum:
+            os._exit(128 + self.signum)
+        self.at_once = True
+        try:
+            yield
+        finally:
+            self.at_once = False
+
+    def set(self, signum, frame):
+        if self.at_once:
+            os._exit(128 + signum)  # without waiting for threads that wait for the network
+        if signum == signal.SIGINT and self.signum:
+            raise KeyboardInterrupt
+        self.signum = self.signum or signum
+
+    def was_asked(self):
+        """Returns the signal by which any rank was asked to stop, or 0; all ranks call this together."""
+        return max(gather_object([self.signum]))
+
+    def exit_if_asked(self):
+        """Ends every rank with 128 + signal if one was asked to stop; all ranks call this together."""
+        if signum := self.was_asked():
+            raise SystemExit(128 + signum)
+
+
+# === End of files and signals ===
 
 
 if __name__ == "__main__":

@@ -1671,7 +1671,7 @@ def fill_entries(run, models, jobs):
 #   CARD
 #       what the model card's header says of the method [{}]
 #   cache_folder(args) -> path
-#       where checks of pictures are kept [Flags]
+#       where checks of pictures are kept [Training flags]
 #   read_records(args) -> records
 #       the pictures, each {"name": path, "rows": None, "captions": [text, ...]}; of a data set, "rows" is that, and
 #       "row" the number in it. A "problem" says why a picture cannot be used. "others" are pictures of the same shape
@@ -1710,15 +1710,14 @@ def fill_entries(run, models, jobs):
 #   loading_code(run, models, name) -> text
 #       the lines that load the result by its name, and make a picture
 #
-# What it offers them: list_files, is_picture, print_passed_over, digest, file_state, model_settings, weights_digest,
-# replace_file; samples.rng, .choose_crop, .picture, .pixels; prepare_unet, prepare_average, make_optimizer; autocast,
+# What it offers them: list_files, is_picture, print_passed_over, digest, file_state, model_settings, weights_digest;
+# samples.rng, .choose_crop, .picture, .pixels; prepare_unet, prepare_average, make_optimizer; autocast,
 # prediction_target, snr_weights; together, on_main_process, save_result.
 
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
 VALIDATION_DRAWS = 4  # noises and timesteps for each held-out picture
 MOST_SKIPPED = 50  # steps in a row that fp16 may skip: from its first scale, 2^16, it needs no more than 16
-STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"} & {*dir(signal)}
 # What a run that is killed may have been writing: a checkpoint, or a file that replace_file was to put in place.
 WHOLE = r"README\.md|train_args\.yaml|state\.json|metrics\.jsonl|step-\d+\.png|[\w-]+\.safetensors"
 TORN = rf"\.checkpoint-\d+\.tmp|\.({WHOLE})\.[0-9a-f]+\.tmp"
@@ -2120,26 +2119,6 @@ def read_bytes(record):
     return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
 
 
-def open_image(data):
-    """Decodes a picture upright, transparency on white, to RGB, or 16-bit or float grey to float32 in [0, 255]."""
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.float32)
-        lowest, highest = values.min(), values.max()
-        if not (0 <= lowest and highest <= (1 if image.mode == "F" else 65535)):  # which holds for no NaN either
-            raise ValueError(
-                f"its grey values go from {lowest:g} to {highest:g}, not 0 to 1 (floats) or 65535 (integers)"
-            )
-        unit = 1 / 255 if image.mode == "F" else 257
-        if image.mode == "I" and highest <= 255:  # 32 bits for values of 8
-            unit = 1
-        return Image.fromarray((values / unit).clip(0, 255))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
 def caption_problem(record):
     """Returns in words what is wrong with a record's captions, or None; a picture that goes with one has none."""
     if record.get("problem") or "captions" not in record:
@@ -2276,17 +2255,6 @@ def split_records(args, records, seed):
         raise SystemExit(f"--validation_samples {args.validation_samples} leaves none of {len(chosen)} to train on.")
     places = {chosen[i * len(chosen) // args.validation_samples] for i in range(args.validation_samples)}
     return [records[i] for i in chosen if i not in places], [records[i] for i in sorted(places)]
-
-
-def replace_file(path, data):
-    """Writes bytes beside the path and renames, so that the file is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")  # containers can have the same process number
-    try:
-        beside.write_bytes(data)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 # What the steps of all methods have in common
@@ -2567,73 +2535,10 @@ def peak_memory(accelerator):
 # Stopping
 
 
-def is_launcher(pid):
-    """Tells whether a process is accelerate's launcher, by its command line on Linux."""
-    with contextlib.suppress(OSError):
-        words = os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")
-        names = [Path(word).name for word in words[:6]]  # python, its options, the launcher
-        return any(re.fullmatch(r"accelerate|accelerate-launch|accelerate\.commands\..*", name) for name in names)
-    return False
-
-
-class StopFlag:
-    """Remembers the first signal that asks the run to stop; a SIGINT after it stops at once."""
-
-    def __init__(self):
-        self.signum, self.at_once = 0, False
-
-    def listen(self):
-        """Takes the signals from here on; until then each ends the process, which may be waiting for others."""
-        for name in STOP_SIGNALS:
-            ignored = signal.getsignal(getattr(signal, name)) == signal.SIG_IGN
-            if not (name == "SIGHUP" and ignored):  # by nohup
-                signal.signal(getattr(signal, name), self.set)
-        # accelerate's launcher forwards nothing to a lone process, so a parent that vanishes counts as SIGTERM.
-        alone = "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ
-        if sys.platform == "linux" and alone and is_launcher(os.getppid()):
-            PR_SET_PDEATHSIG = 1
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-    @contextlib.contextmanager
-    def ending_at_once(self):
-        """Has a signal end the process at once, where it may wait for the network and can lose nothing."""
-        if self.signum:
-            os._exit(128 + self.signum)
-        self.at_once = True
-        try:
-            yield
-        finally:
-            self.at_once = False
-
-    def set(self, signum, frame):
-        if self.at_once:
-            os._exit(128 + signum)  # without waiting for threads that wait for the network
-        if signum == signal.SIGINT and self.signum:
-            raise KeyboardInterrupt
-        self.signum = self.signum or signum
-
-    def was_asked(self):
-        """Returns the signal by which any rank was asked to stop, or 0; all ranks call this together."""
-        return max(gather_object([self.signum]))
-
-    def exit_if_asked(self):
-        """Ends every rank with 128 + signal if one was asked to stop; all ranks call this together."""
-        if signum := self.was_asked():
-            raise SystemExit(128 + signum)
-
-
 def ignore_signals(worker):
     """Leaves signals to the main process: a loader worker that they killed would take the run with it."""
     for name in STOP_SIGNALS:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def failure(what, folder, error):
-    """Says what failed in which folder, and what is free there, as a full disk is the most frequent reason."""
-    existing = next(path for path in Path(folder, "_").absolute().parents if path.exists())
-    free = shutil.disk_usage(existing).free / 2**30
-    *_, reason = ["no reason is known", *str(error).strip().splitlines()]  # a loader puts a traceback before it
-    return f"{what} failed for {folder}, where {free:.2f} GiB are free: {reason}"
 
 
 def together(function, *arguments, on, folder):
@@ -3438,15 +3343,7 @@ def take_folder(args, lock):
     """Makes the output folder, and keeps other runs out of it until this process ends; returns its lock's file_id."""
     check_folder(args)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire(timeout=0)
-        return file_id(lock.lock_file)
-    except Timeout:
-        raise SystemExit(
-            f"Another run is at work in {args.output_dir}: let it end, stop it, or take another --output_dir."
-        )
-    except OSError as error:  # a shared disk may know no locks
-        print(f"{args.output_dir} cannot be locked ({error}): see to it that no second run works there.")
+    return file_id(lock.lock_file) if take_lock(lock, args.output_dir) else None
 
 
 def main(args):
@@ -3485,6 +3382,122 @@ def main(args):
 
 
 # === End of engine ===
+
+
+# === Files and signals: the same in every script ===
+#
+# They ask nothing of the text above. They offer: open_image, replace_file, take_lock, failure, StopFlag.
+
+
+STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"} & {*dir(signal)}
+
+
+def open_image(data):
+    """Decodes a picture upright, transparency on white, to RGB, or 16-bit or float grey to float32 in [0, 255]."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image, dtype=np.float32)
+        lowest, highest = values.min(), values.max()
+        if not (0 <= lowest and highest <= (1 if image.mode == "F" else 65535)):  # which holds for no NaN either
+            raise ValueError(
+                f"its grey values go from {lowest:g} to {highest:g}, not 0 to 1 (floats) or 65535 (integers)"
+            )
+        unit = 1 / 255 if image.mode == "F" else 257
+        if image.mode == "I" and highest <= 255:  # 32 bits for values of 8
+            unit = 1
+        return Image.fromarray((values / unit).clip(0, 255))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def replace_file(path, data):
+    """Writes bytes beside the path and renames, so that the file is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")  # containers can have the same process number
+    try:
+        beside.write_bytes(data)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def take_lock(lock, folder):
+    """Keeps other runs out of a folder until the lock is released, or this process ends; tells whether it can."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise SystemExit(f"Another run is at work in {folder}: let it end, stop it, or take another --output_dir.")
+    except OSError as error:  # a shared disk may know no locks
+        print(f"{folder} cannot be locked ({error}): see to it that no second run works there.")
+    return lock.is_locked
+
+
+def failure(what, folder, error):
+    """Says what failed in which folder, and what is free there, as a full disk is the most frequent reason."""
+    existing = next(path for path in Path(folder, "_").absolute().parents if path.exists())
+    free = shutil.disk_usage(existing).free / 2**30
+    *_, reason = ["no reason is known", *str(error).strip().splitlines()]  # a loader puts a traceback before it
+    return f"{what} failed for {folder}, where {free:.2f} GiB are free: {reason}"
+
+
+def is_launcher(pid):
+    """Tells whether a process is accelerate's launcher, by its command line on Linux."""
+    with contextlib.suppress(OSError):
+        words = os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")
+        names = [Path(word).name for word in words[:6]]  # python, its options, the launcher
+        return any(re.fullmatch(r"accelerate|accelerate-launch|accelerate\.commands\..*", name) for name in names)
+    return False
+
+
+class StopFlag:
+    """Remembers the first signal that asks the run to stop; a SIGINT after it stops at once."""
+
+    def __init__(self):
+        self.signum, self.at_once = 0, False
+
+    def listen(self):
+        """Takes the signals from here on; until then each ends the process, which may be waiting for others."""
+        for name in STOP_SIGNALS:
+            ignored = signal.getsignal(getattr(signal, name)) == signal.SIG_IGN
+            if not (name == "SIGHUP" and ignored):  # by nohup
+                signal.signal(getattr(signal, name), self.set)
+        # accelerate's launcher forwards nothing to a lone process, so a parent that vanishes counts as SIGTERM.
+        alone = "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ
+        if sys.platform == "linux" and alone and is_launcher(os.getppid()):
+            PR_SET_PDEATHSIG = 1
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    @contextlib.contextmanager
+    def ending_at_once(self):
+        """Has a signal end the process at once, where it may wait for the network and can lose nothing."""
+        if self.signum:
+            os._exit(128 + self.signum)
+        self.at_once = True
+        try:
+            yield
+        finally:
+            self.at_once = False
+
+    def set(self, signum, frame):
+        if self.at_once:
+            os._exit(128 + signum)  # without waiting for threads that wait for the network
+        if signum == signal.SIGINT and self.signum:
+            raise KeyboardInterrupt
+        self.signum = self.signum or signum
+
+    def was_asked(self):
+        """Returns the signal by which any rank was asked to stop, or 0; all ranks call this together."""
+        return max(gather_object([self.signum]))
+
+    def exit_if_asked(self):
+        """Ends every rank with 128 + signal if one was asked to stop; all ranks call this together."""
+        if signum := self.was_asked():
+            raise SystemExit(128 + signum)
+
+
+# === End of files and signals ===
 
 
 if __name__ == "__main__":

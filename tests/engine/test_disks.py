@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from helpers import ENDLESS, assert_equal, files_in, linux, litter, metrics, rows, start_ranks, whole_checkpoints
+from PIL import Image
 from safetensors.torch import load_file
 
 import train_text_to_image as script
@@ -184,3 +185,35 @@ def test_disk(train, monkeypatch, flags):
             with pytest.raises(SystemExit, match="checkpoint needs .* GiB"):
                 train(f"fits-{fits}", *flags)
             assert not (output.parent / f"fits-{fits}" / "unet").exists()
+
+
+@pytest.mark.launch
+def test_a_full_disk_while_drawing(start, tiny_model, small_disk):
+    """generate.py says so, too, and each picture that is there is whole."""
+    disk = small_disk(1)
+    disk.leave(0.05)
+    words = ["--model", tiny_model, "--prompt", "a", "--num_images_per_prompt", 40, "--num_inference_steps", 1]
+    words += ["--height", 32, "--width", 32, "--output_dir", disk.there / "out"]
+    process = start(words, script="generate", **disk.options)
+    assert_says_so(process, disk.there / "out")
+    drawn = sorted((disk.here / "out" / "pictures").iterdir())
+    assert 0 < len(drawn) < 40 and litter(disk.here) == []
+    assert {Image.open(picture).convert("RGB").size for picture in drawn} == {(32, 32)}
+
+
+@pytest.mark.launch
+def test_drawing_on_disks_that_are_not_shared(start, tiny_model, small_disk, tmp_path):
+    """If a machine does not see what another one drew, it says so, and the pictures stay."""
+    disk = small_disk(10)
+    words = ["--model", tiny_model, "--prompt", "a", "b", "--num_inference_steps", 1, "--height", 32, "--width", 32]
+    words += ["--output_dir", disk.there / "out"]
+
+    def begin(given, environment):
+        own = disk.options if environment["RANK"] == "1" else {}
+        return start(given, script="generate", environment=environment, **own)
+
+    ranks = start_ranks(begin, words, 2)
+    assert ranks[0].wait(60) == 1 and "1 pictures are not seen from here: take an --output_dir" in ranks[0].output()
+    assert ranks[1].wait(60) in (0, 1)
+    for out, name in ((disk.there, "00000-0.png"), (disk.here, "00001-0.png")):
+        assert [file.name for file in (out / "out" / "pictures").iterdir()] == [name]

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -322,6 +323,25 @@ def test_features_are_kept(measure, tmp_path, monkeypatch):
     assert opened[2 * sheet] == "003.png" and len(opened) == 3 * sheet + 1 and changed != wanted
     (kept,) = (tmp_path / "cache" / "features").iterdir()
     assert len(load_file(kept)) == 5
+
+
+def test_a_signal_keeps_features(measure, tmp_path, monkeypatch):
+    """It ends after the batch at hand, with 128 + signal, and what was encoded is not encoded again."""
+    folder, opened = save_squares(tmp_path / "some", 5), []
+    original = evaluate.open_picture
+
+    def open_and_stop(file):
+        opened.append(file)
+        if len(opened) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(file)
+
+    monkeypatch.setattr(evaluate, "open_picture", open_and_stop)
+    with pytest.raises(SystemExit) as end:
+        measure("--images", folder, "--batch_size", 1)
+    assert end.value.code == 143 and len(opened) == 2
+    measure("--images", folder, "--batch_size", 1)
+    assert len(opened) == 2 + 3 + 4  # those that are missing, and four for the sheet
 
 
 def test_a_cache_that_fails(measure, tmp_path, capsys):
