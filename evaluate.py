@@ -495,7 +495,7 @@ def load_inception(device):
     """Returns a name for the features of Inception as torch-fidelity has it, and its function to them, (n, 2048)."""
     from torch_fidelity.utils import create_feature_extractor
 
-    model = create_feature_extractor("inception-v3-compat", ["2048"], cuda=device.type == "cuda")
+    model = create_feature_extractor("inception-v3-compat", ["2048"], device.type == "cuda", verbose=False)
 
     def of_pictures(pictures):
         pixels = [torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].to(device) for picture in pictures]
