@@ -244,7 +244,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 import diffusers
 import torch
 import transformers
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, snapshot_download
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -596,7 +596,7 @@ def kind_of(model):
     try:
         names = os.listdir(path) if path.is_dir() else [name.split("/")[0] for name in HfApi().list_repo_files(model)]
     except Exception:  # without a network, the cache may have it
-        return "pipeline"
+        names = os.listdir(snapshot_download(model, local_files_only=True))
     for name, kind in KINDS.items():
         if name in names:
             return kind
@@ -722,7 +722,8 @@ def add_part(pipeline, model, kind, adapters):
     """Puts a part onto a pipeline, and returns that: adapters, a word, or models in the place of the pipeline's."""
     if kind == "adapters":
         adapters.append(f"adapters_{len(adapters)}")
-        pipeline.load_lora_weights(model, adapter_name=adapters[-1])
+        name = None if Path(model).is_file() else "pytorch_lora_weights.safetensors"
+        pipeline.load_lora_weights(model, adapter_name=adapters[-1], weight_name=name)
     elif kind == "word":
         add_word(pipeline, model)
     elif kind == "checkpoint":  # of a run that trains whole models

@@ -334,7 +334,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from diffusers.utils import make_image_grid
 from filelock import FileLock, Timeout
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, snapshot_download
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from safetensors import safe_open
@@ -600,7 +600,7 @@ def kind_of(model):
     try:
         names = os.listdir(path) if path.is_dir() else [name.split("/")[0] for name in HfApi().list_repo_files(model)]
     except Exception:  # without a network, the cache may have it
-        return "pipeline"
+        names = os.listdir(snapshot_download(model, local_files_only=True))
     for name, kind in KINDS.items():
         if name in names:
             return kind
@@ -726,7 +726,8 @@ def add_part(pipeline, model, kind, adapters):
     """Puts a part onto a pipeline, and returns that: adapters, a word, or models in the place of the pipeline's."""
     if kind == "adapters":
         adapters.append(f"adapters_{len(adapters)}")
-        pipeline.load_lora_weights(model, adapter_name=adapters[-1])
+        name = None if Path(model).is_file() else "pytorch_lora_weights.safetensors"
+        pipeline.load_lora_weights(model, adapter_name=adapters[-1], weight_name=name)
     elif kind == "word":
         add_word(pipeline, model)
     elif kind == "checkpoint":  # of a run that trains whole models

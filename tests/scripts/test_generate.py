@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from helpers import WORD, files_in, finish, flags_of, run, start_ranks, state_of, write_config
+from helpers import ROOT, WORD, files_in, finish, flags_of, run, start_ranks, state_of, write_config
 from PIL import Image
 from safetensors.torch import save_file
 from single_file import save_single_file
@@ -50,6 +52,11 @@ def draw(tiny_model, tmp_path):
 def pixels(folder):
     """The pictures of a folder by their names, as numbers."""
     return {file.name: np.asarray(Image.open(file)).astype(int) for file in sorted(folder.glob("*.png"))}
+
+
+def files_of(folder):
+    """The pictures that are drawn in a folder, by their places in it."""
+    return sorted(file.relative_to(folder) for file in folder.glob("*/*/*.png"))
 
 
 def by_hand(pipeline, prompt, number=0, seed=0, **settings):
@@ -283,6 +290,45 @@ def test_a_checkpoint(draw, results, tiny_model):
         drawn = draw(part, "--prompt", "a red circle", model=results / "whole" / name)
         assert (pixels(drawn / "pictures")["00000-0.png"] == by_hand(pipeline, "a red circle")).all()
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
+
+
+@pytest.mark.launch
+def test_models_of_the_hub(draw, results, tiny_model, hub, tmp_path):
+    """Whatever a folder may hold a repository may hold, with what it goes on in its card; also without a network."""
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
+    net = ControlNetModel.from_unet(pipeline.unet, conditioning_embedding_out_channels=(16, 32))
+    net.save_pretrained(tmp_path / "me" / "net")
+    for name, file in (("lora", "pytorch_lora_weights.safetensors"), ("word", "learned_embeds.safetensors")):
+        (tmp_path / "me" / name).mkdir()
+        shutil.copy(results / name / file, tmp_path / "me" / name)
+    hub.add_folder("me/base", tiny_model)
+    for name in ("lora", "word", "net"):
+        (tmp_path / "me" / name / "README.md").write_text("---\nbase_model: me/base\n---\n")
+        hub.add_folder(f"me/{name}", tmp_path / "me" / name)
+    Image.effect_noise((32, 32), 80).save(tmp_path / "a.png")
+    shape = ("--prompt", f"a red {WORD}", *FEW, "--height", 32, "--width", 32, "--output_dir")
+    control = ("--image", tmp_path / "a.png")
+    here = tmp_path / "here"
+    models = ("--model", results / "lora", results / "word", "--compare", tiny_model)
+    run(generate, *models, *shape, here / "parts")
+    run(generate, "--model", tmp_path / "me" / "net", "--base", tiny_model, *control, *shape, here / "net")
+    wanted = {path: (here / path).read_bytes() for path in files_of(here)}
+    assert len(wanted) == 3
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as in this process
+    parts = ("--model", "me/lora", "me/word", "--compare", "me/base")
+    for offline, name, flags in (
+        ("0", "parts", parts),
+        ("1", "parts", parts),
+        ("0", "net", ("--model", "me/net", *control)),
+    ):
+        environment = {**hub.env, **threads, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": offline}
+        there = tmp_path / f"offline-{offline}"
+        command = [str(word) for word in (sys.executable, ROOT / "generate.py", *flags, *shape, there / name)]
+        done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        for path in files_of(there):
+            assert (there / path).read_bytes() == wanted[path], path
+    assert len(files_of(tmp_path / "offline-0")) == 3 and len(files_of(tmp_path / "offline-1")) == 2
 
 
 def test_a_single_file(draw, tiny_model, tmp_path):
