@@ -68,6 +68,7 @@ NEEDS = {  # the folder that a metric takes beside --images, if any
     "fid": "reference",
 }
 CAPTIONED = {"clip_score", "clip_directional"}
+OF_EACH = CAPTIONED | {"clip_i"}  # which give a number for each picture; the others are distances
 LEAST = {"kid": 20, "cmmd": 20, "fid": 2049}  # pictures of a distance; of frechet, one more than a feature is long
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -86,7 +87,7 @@ def parse_args(argv):
     add("--batch_size", type=positive_int, default=32, help="pictures at once")
     add("--encoding_cache_dir", type=path_name, help="where features are kept (~/.cache/diffusion-training)")
     add("--output_dir", type=path_name, default="evaluated", help="folder of the results")
-    args = read_flags(parser, argv, {}, {})
+    args = read_flags(parser, argv, refused={}, replaces={})
     needed = {NEEDS[metric]: metric for metric in args.metrics}
     for flag in ("reference", "originals"):
         if flag in needed and not getattr(args, flag):
@@ -105,36 +106,21 @@ def parse_args(argv):
         if folder:
             args.folders[flag] = read_folder(args, flag, Path(folder))
         if folder and flag in ("compare", "originals"):
-            args.folders[flag] = paired(args.folders, flag)
+            args.folders[flag] = paired(args.folders["images"], args.folders[flag], flag)
     return args
 
 
-def read_captions(folder):
-    """Returns the rows of a folder's metadata by the file that they are of."""
-    try:
-        if (folder / "metadata.jsonl").is_file():
-            lines = (folder / "metadata.jsonl").read_text(encoding="utf-8-sig").split("\n")
-            rows = [json.loads(line) for line in lines if line.strip()]
-        elif (folder / "metadata.csv").is_file():
-            with open(folder / "metadata.csv", newline="", encoding="utf-8-sig") as lines:
-                rows = [*csv.DictReader(lines)]
-        else:
-            rows = []
-        return {row["file_name"]: row for row in rows}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"The metadata of {folder} cannot be read: {type(error).__name__}: {error}")
-
-
 def read_folder(args, flag, folder):
-    """Lists the pictures of a folder: file, name in the folder, caption and seed, which are None if it has none."""
+    """Returns the pictures of a folder by their names: the file, its caption and seed, which are None if not told."""
     if not folder.is_dir():
         raise SystemExit(f"--{flag} {folder} is not a folder.")
-    told, pictures = read_captions(folder), {}
     captioned = flag in ("images", "originals") and CAPTIONED & {*args.metrics}
+    metadata = read_metadata(folder)
+    pictures = {}
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() not in SUFFIXES or file.name.startswith("."):
             continue
-        row = told.get(file.name, {})
+        row = metadata.get(file.name, {})
         caption, beside = row.get(args.caption_column), file.with_suffix(".txt")
         if caption is None and beside.is_file():
             try:
@@ -146,31 +132,41 @@ def read_folder(args, flag, folder):
         if captioned and not (caption and isinstance(caption, str)):
             way_out = "give a metadata.jsonl with a column text, or name the column by --caption_column"
             raise SystemExit(f"--metrics {' '.join(args.metrics)} takes captions, and {file} has none: {way_out}.")
-        pictures[file.stem] = {"file": file, "name": file.stem, "caption": caption, "seed": row.get("seed")}
+        pictures[file.stem] = {"file": file, "caption": caption, "seed": row.get("seed")}
     for metric in args.metrics:
         check_count(flag, pictures, metric, LEAST.get(metric, 2))
-    return [*pictures.values()]
+    return pictures
+
+
+def read_metadata(folder):
+    """Returns the rows of a folder's metadata by the file that they are of."""
+    rows = []
+    try:
+        if (folder / "metadata.jsonl").is_file():
+            lines = (folder / "metadata.jsonl").read_text(encoding="utf-8-sig").split("\n")
+            rows = [json.loads(line) for line in lines if line.strip()]
+        elif (folder / "metadata.csv").is_file():
+            rows = csv.DictReader(io.StringIO((folder / "metadata.csv").read_text(encoding="utf-8-sig")))
+        return {row["file_name"]: row for row in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"The metadata of {folder} cannot be read: {type(error).__name__}: {error}")
 
 
 def check_count(flag, pictures, metric, least):
     """Refuses a set that is too small for a metric."""
     if len(pictures) < least:
-        sentence = f"--metrics {metric} takes {least} pictures or more, and the folder of --{flag} itself holds"
-        raise SystemExit(f"{sentence} {len(pictures)}: give more{', or take kid' if least > 20 else ''}.")
+        sentence = f"--metrics {metric} takes {least} pictures or more, and the folder of --{flag} holds"
+        raise SystemExit(f"{sentence} {len(pictures)}: give more, or take another metric.")
 
 
-def paired(folders, flag):
+def paired(images, others, flag):
     """Returns a folder's pictures in the order of --images; refuses those of other names, prompts or seeds."""
-    others = {picture["name"]: picture for picture in folders[flag]}
-    if more := sorted(others.keys() - {picture["name"] for picture in folders["images"]}):
-        raise SystemExit(f"--{flag} has a picture {more[0]}, and --images has none.")
-    for picture in folders["images"]:
-        other = others.get(picture["name"])
-        if other is None:
-            raise SystemExit(f"--{flag} has no picture {picture['name']}, and --images has.")
-        if flag == "compare" and any(other[key] != picture[key] for key in ("caption", "seed")):
-            raise SystemExit(f"{other['file']} has another prompt or seed than {picture['file']}.")
-    return [others[picture["name"]] for picture in folders["images"]]
+    if alone := images.keys() ^ others.keys():
+        raise SystemExit(f"--images and --{flag} take pictures of the same names, and one has no {min(alone)}.")
+    for name in images:
+        if flag == "compare" and any(others[name][key] != images[name][key] for key in ("caption", "seed")):
+            raise SystemExit(f"{others[name]['file']} has another prompt or seed than {images[name]['file']}.")
+    return {name: others[name] for name in images}
 
 
 # === Flags: the same in every script ===
@@ -246,7 +242,7 @@ def is_writable(folder):
 
 
 def unrecognized(flag, flags):
-    """Says that a flag is none of those, and which of them may have been meant."""
+    """Returns the sentence that a flag is none of those, and which of them may have been meant."""
     close = difflib.get_close_matches(flag, flags, n=1)
     return f"unrecognized argument {flag}" + (f": did you mean {close[0]}?" if close else "")
 
@@ -260,7 +256,9 @@ def config_value(parser, action, node):
         on = yaml.SafeLoader.bool_values.get(str(node.value).lower()) if kind == "bool" else None
         if on is None:
             raise argparse.ArgumentError(action, "must be true or false")
-        return on if action.const is None else action.const if on else None
+        if action.const is None:  # an ordinary switch
+            return on
+        return action.const if on else None  # one that stands for a value
     several = action.nargs == "+"
     nodes = node.value if several and kind == "seq" else [node]
     if not nodes or not all(one.id == "scalar" and one.tag in SCALARS for one in nodes):
@@ -323,12 +321,17 @@ def read_flags(parser, argv, refused, replaces):
     known = parser._option_string_actions
     typed = {known[flag].dest for flag in known.keys() & words}
     config = read_config(parser, argv, refused)
-    for name in {replaces[name] for name in typed & replaces.keys()} - typed:
-        config.pop(name, None)
+    for name, other in replaces.items():
+        if name in typed and other not in typed:
+            config.pop(other, None)
+    parser.set_defaults(**config)
     given = typed | config.keys()
-    parser.set_defaults(**config, **dict.fromkeys({replaces[name] for name in given & replaces.keys()} - given))
+    for name, other in replaces.items():
+        if name in given and other not in given:
+            parser.set_defaults(**{other: None})
     for action in parser._actions:
-        action.required &= action.dest not in config
+        if action.dest in config:
+            action.required = False
     args, unknown = parser.parse_known_args(argv)
     if unknown and not unknown[0].startswith("--"):  # which may be a token
         parser.error("a word stands there that belongs to no flag: quote values that have blanks, and see to `=`")
@@ -365,14 +368,14 @@ from transformers.utils.logging import disable_progress_bar
 
 def clip_score(images, captions):
     """Returns 100 max(cos, 0) of each picture and its caption, (n,): arXiv:2104.08718, eq. 1, with w = 100."""
-    return 100 * (F.normalize(images) * F.normalize(captions)).sum(1).clip(min=0)
+    return 100 * F.cosine_similarity(images, captions).clip(min=0)
 
 
 def clip_directional(images, captions, originals, original_captions):
     """Returns the cos between the changes of each picture and of its caption, (n,): arXiv:2108.00946, eq. 2."""
     changes = F.normalize(images) - F.normalize(originals)
-    told = F.normalize(captions) - F.normalize(original_captions)
-    return F.cosine_similarity(changes, told)
+    caption_changes = F.normalize(captions) - F.normalize(original_captions)
+    return F.cosine_similarity(changes, caption_changes)
 
 
 def clip_i(images, references):
@@ -419,23 +422,27 @@ def cmmd(x, y):
     return 1000 * discrepancy(lambda a, b: (-torch.cdist(a, b).square() / 200).exp(), x, y, False)
 
 
-# Each metric's formula, and the features that it takes.
+# Each metric's formula, and the features that it takes beside those of the pictures.
 FORMULAS = {
-    "clip_score": (clip_score, "pictures", "captions"),
-    "clip_directional": (clip_directional, "pictures", "captions", "originals", "original captions"),
-    "clip_i": (clip_i, "pictures", "reference"),
-    "kid": (kid, "pictures", "reference"),
-    "cmmd": (cmmd, "pictures", "reference"),
-    "frechet": (frechet, "pictures", "reference"),
-    "fid": (frechet, "inception", "inception of reference"),
+    "clip_score": (clip_score, "captions of images"),
+    "clip_directional": (clip_directional, "captions of images", "originals", "captions of originals"),
+    "clip_i": (clip_i, "reference"),
+    "kid": (kid, "reference"),
+    "cmmd": (cmmd, "reference"),
+    "frechet": (frechet, "reference"),
+    "fid": (frechet, "inception of reference"),
 }
-OF_EACH = CAPTIONED | {"clip_i"}  # which give a number for each picture; the others are distances
 
 
-def values_of(metric, features, rows=slice(None), others=slice(None)):
-    """Returns a metric of some pictures, rows, by their features and those of some of the reference, others."""
+def values_of(metric, features, flag, rows=slice(None), others=slice(None)):
+    """Returns a metric of some pictures of a folder: rows are their numbers, others those of --reference to take."""
     formula, *names = FORMULAS[metric]
-    return formula(*(features[name][others if "reference" in name else rows] for name in names))
+    pictures = features[f"inception of {flag}" if metric == "fid" else flag][rows]
+    chosen = others if NEEDS[metric] == "reference" else rows
+    return formula(pictures, *(features[name][chosen] for name in names))
+
+
+# Intervals
 
 
 # The 97.5 % quantiles of Student's t, for 1 to 19 degrees of freedom.
@@ -450,23 +457,41 @@ def intervals(statistics, *counts):
     jackknife leaves out each of up to 20 groups of rows (Efron and Tibshirani 1993, chapter 11). Of a mean, that is
     Student's interval.
     """
-    everything = [torch.arange(count) for count in counts]
-    values, variances, freedom = np.array(statistics(*everything)), 0.0, len(QUANTILES)
-    for i, rows in enumerate(everything):
+    all_rows = [torch.arange(count) for count in counts]
+    values = np.array(statistics(*all_rows))
+    variances = np.zeros_like(values)
+    for i, rows in enumerate(all_rows):
         groups = min(len(rows), 20)
         group = torch.from_numpy(np.random.default_rng(0).permutation(len(rows)) % groups)
-        without = [statistics(*everything[:i], rows[group != g], *everything[i + 1 :]) for g in range(groups)]
-        variances = variances + (groups - 1) * np.var(without, axis=0)
-        freedom = min(freedom, groups - 1)
+        without = [statistics(*all_rows[:i], rows[group != g], *all_rows[i + 1 :]) for g in range(groups)]
+        variances += (groups - 1) * np.var(without, axis=0)
+    freedom = min(20, *counts) - 1
     reaches = QUANTILES[freedom - 1] * np.sqrt(variances)
     return [{"value": v, "low": v - r, "high": v + r} for v, r in zip(values.tolist(), reaches.tolist())]
+
+
+def measure(args, features):
+    """Returns, by metric, what each folder has and how the second one differs, each with its interval."""
+    results = {}
+    columns = ["images", "compare", "difference"] if args.compare else ["images"]
+    for metric in tqdm(args.metrics, "measuring"):
+        counts = [len(args.folders["images"])]
+        if NEEDS[metric] == "reference":
+            counts.append(len(args.folders["reference"]))
+
+        def figures(*rows, metric=metric):
+            values = [values_of(metric, features, flag, *rows).mean().item() for flag in columns[:2]]
+            return [*values, values[1] - values[0]] if args.compare else values
+
+        results[metric] = dict(zip(columns, intervals(figures, *counts)))
+    return results
 
 
 # Features
 
 
 def load_clip(name, device):
-    """Returns a CLIP, a name for its features, and its functions from pictures and from captions to them, (n, d)."""
+    """Returns a CLIP, its digest, and its functions from pictures and from captions to features, (n, d)."""
     try:
         model = CLIPModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32).to(device).eval()
         processor, tokenizer = CLIPImageProcessorPil.from_pretrained(name), CLIPTokenizer.from_pretrained(name)
@@ -482,17 +507,19 @@ def load_clip(name, device):
         cut = sum(len(words) > longest for words in tokenizer(captions).input_ids)
         if cut:
             print(f"{cut} captions have more than {longest} tokens: their ends are not seen.")
-        padded = {"padding": "max_length", "max_length": longest, "truncation": True, "return_tensors": "pt"}
-        parts = [captions[first : first + 256] for first in range(0, len(captions), 256)]
-        words = [tokenizer(part, **padded).to(device) for part in parts]
-        return torch.cat([model.get_text_features(**batch).pooler_output.cpu() for batch in words]).double()
+        features = []
+        for first in range(0, len(captions), 256):
+            part = captions[first : first + 256]
+            tokens = tokenizer(part, padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
+            features.append(model.get_text_features(**tokens.to(device)).pooler_output.cpu())
+        return torch.cat(features).double()
 
-    name = model_digest(model, model.config.to_json_string() + processor.to_json_string())
-    return model, name, of_pictures, of_captions
+    digest = digest_of([model], model.config.to_json_string() + processor.to_json_string())
+    return model, digest, of_pictures, of_captions
 
 
 def load_inception(device):
-    """Returns a name for the features of Inception as torch-fidelity has it, and its function to them, (n, 2048)."""
+    """Returns torch-fidelity's Inception: its digest, and its function from pictures to features, (n, 2048)."""
     from torch_fidelity.utils import create_feature_extractor
 
     model = create_feature_extractor("inception-v3-compat", ["2048"], device.type == "cuda", verbose=False)
@@ -501,118 +528,101 @@ def load_inception(device):
         pixels = [torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].to(device) for picture in pictures]
         return torch.cat([model(one)[0].cpu() for one in pixels])
 
-    return model_digest(model, ""), of_pictures
+    return digest_of([model], ""), of_pictures
 
 
-def model_digest(model, settings):
-    """Returns a digest of a model's weights, and of the settings that its features depend on, as text."""
-    total = hashlib.blake2b(settings.encode(), digest_size=8)
-    for weight in model.state_dict().values():
-        total.update(weight.cpu().reshape(-1).view(torch.uint8).numpy())
-    return total.hexdigest()
+def encode(args, state, stop, encoder, of_pictures, flag):
+    """Returns on rank 0 the features of a folder's pictures, (n, d): those kept by the encoder's digest, and new ones.
 
-
-def encode(args, state, stop, name, of_pictures, flag):
-    """Returns on rank 0 the features of a folder's pictures, (n, d): those kept under a model's name, and new ones.
-
-    Rank 0 says which are missing, and ranks share them. A signal ends all ranks, once what they have is kept.
+    A signal ends all ranks, once what they have is kept.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(args.encoding_cache_dir or Path(home, "diffusion-training"), "features")
-    place = hashlib.blake2b(os.path.abspath(getattr(args, flag)).encode(), digest_size=8).hexdigest()
-    kept_in, kept = folder / f"{name}-{place}.safetensors", {}
+    kept_in = features_file(args, encoder, flag)
+    kept = {}
     with contextlib.suppress(OSError, SafetensorError):  # there is none yet, or it is torn
         kept = load_file(kept_in)
-    names = [hashlib.blake2b(picture["file"].read_bytes()).hexdigest() for picture in args.folders[flag]]
-    files = {name: picture["file"] for name, picture in zip(names, args.folders[flag])}
-    missing = broadcast_object_list([[name for name in files if name not in kept]])[0]
-    mine, new = missing[state.process_index :: state.num_processes], {}
+    files = [picture["file"] for picture in args.folders[flag].values()]
+    digests = [hashlib.blake2b(file.read_bytes()).hexdigest() for file in files]
+    file_of = dict(zip(digests, files))
+    # Rank 0 says what is missing, as machines may have kept different features.
+    missing = broadcast_object_list([[digest for digest in file_of if digest not in kept]])[0]
+    mine = missing[state.process_index :: state.num_processes]
     batches = [mine[first : first + args.batch_size] for first in range(0, len(mine), args.batch_size)]
+    new = {}
     for batch in tqdm(batches, f"features of --{flag}", disable=not state.is_main_process):
-        features = of_pictures([open_picture(files[name]) for name in batch])
-        new |= {name: row.clone() for name, row in zip(batch, features)}
+        features = of_pictures([open_picture(file_of[digest]) for digest in batch])
+        new |= {digest: row.clone() for digest, row in zip(batch, features)}  # no views, which cannot be saved
         if stop.signum:
             break
     for part in gather_object([new]):
         kept |= part
     if state.is_main_process:
         try:
-            replace_file(kept_in, save({name: kept[name] for name in files if name in kept}))
+            replace_file(kept_in, save({digest: kept[digest] for digest in file_of if digest in kept}))
         except OSError as error:
-            print(f"Features are not kept, as {folder} cannot be written: {error}")
+            print(f"Features are not kept, as {kept_in} cannot be written: {error}")
     stop.exit_if_asked()
-    return torch.stack([kept[name] for name in names]).double() if state.is_main_process else None
+    return torch.stack([kept[digest] for digest in digests]).double() if state.is_main_process else None
+
+
+def features_file(args, encoder, flag):
+    """Returns where the features of a folder are kept; those of pictures that it no longer has drop out."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(args.encoding_cache_dir or Path(home, "diffusion-training"), "features")
+    place = hashlib.blake2b(os.path.abspath(getattr(args, flag)).encode(), digest_size=8).hexdigest()
+    return folder / f"{encoder}-{place}.safetensors"
 
 
 def all_features(args, state, stop):
-    """Returns on rank 0, for --images and --compare, the features that FORMULAS takes, by name."""
-    model, name, of_pictures, of_captions = load_clip(args.clip_model, state.device)
+    """Returns on rank 0 the features of each folder by its flag, and what else FORMULAS takes, by name."""
+    model, encoder, of_pictures, of_captions = load_clip(args.clip_model, state.device)
     if "frechet" in args.metrics:
         for flag, pictures in args.folders.items():
             check_count(flag, pictures, "frechet", model.config.projection_dim + 1)
-    encoded = {flag: encode(args, state, stop, name, of_pictures, flag) for flag in args.folders}
-    features = {flag: {"pictures": encoded[flag]} for flag in ("images", "compare") if flag in encoded}
-    shared = {flag: encoded[flag] for flag in ("originals", "reference") if flag in encoded}
+    features = {flag: encode(args, state, stop, encoder, of_pictures, flag) for flag in args.folders}
     if "fid" in args.metrics:
-        name, of_pictures = load_inception(state.device)
-        shared["inception of reference"] = encode(args, state, stop, name, of_pictures, "reference")
-        for flag in features:
-            features[flag]["inception"] = encode(args, state, stop, name, of_pictures, flag)
+        encoder, of_pictures = load_inception(state.device)
+        for flag in [flag for flag in args.folders if flag != "originals"]:
+            features[f"inception of {flag}"] = encode(args, state, stop, encoder, of_pictures, flag)
     if state.is_main_process and CAPTIONED & {*args.metrics}:
-        shared["captions"] = of_captions([picture["caption"] for picture in args.folders["images"]])
-    if state.is_main_process and args.originals:
-        shared["original captions"] = of_captions([picture["caption"] for picture in args.folders["originals"]])
-    return {flag: own | shared for flag, own in features.items()}
+        for flag in [flag for flag in args.folders if flag in ("images", "originals")]:
+            captions = [picture["caption"] for picture in args.folders[flag].values()]
+            features[f"captions of {flag}"] = of_captions(captions)
+    return features
 
 
 # The results
 
 
-def measure(args, features):
-    """Returns, by metric, what each folder has and how the second one differs, each with its interval."""
-    results = {}
-    columns = ["images", "compare", "difference"] if args.compare else ["images"]
-    for metric in tqdm(args.metrics, "measuring"):
-        counts = [len(args.folders[flag]) for flag in ("images", "reference") if flag in ("images", NEEDS[metric])]
-
-        def figures(*rows, metric=metric):
-            values = [values_of(metric, features[flag], *rows).mean().item() for flag in features]
-            return [*values, values[1] - values[0]] if args.compare else values
-
-        results[metric] = dict(zip(columns, intervals(figures, *counts)))
-    return results
-
-
 def report(args, results):
     """Prints a table of the figures, and says where the second folder differs."""
-    pictures = {flag: len(args.folders[flag]) for flag in args.folders}
-    print(f"{args.clip_model}; " + ", ".join(f"{count} {flag}" for flag, count in pictures.items()))
+    counts = [f"{len(pictures)} {flag}" for flag, pictures in args.folders.items()]
+    print(f"{args.clip_model}; {', '.join(counts)}")
     columns = [*next(iter(results.values()))]
     print(" " * 18 + "".join(f"{column:<40}" for column in columns).rstrip())
     for metric, figures in results.items():
         shown = ["{value:.4g} ({low:.4g} to {high:.4g})".format(**figures[column]) for column in columns]
         print(f"{metric:<18}" + "".join(f"{cell:<40}" for cell in shown).rstrip())
+    if not args.compare:
+        return
     for metric, figures in results.items():
-        if "difference" not in figures:
-            continue
         low, high = figures["difference"]["low"], figures["difference"]["high"]
         if low <= 0 <= high:
             print(f"{metric}: no difference is shown, as 0 lies in the interval.")
-        else:
-            better = (low > 0) == (metric in OF_EACH)  # of distances, less is
-            way, verdict = "higher" if low > 0 else "lower", "better" if better else "worse"
-            print(f"{metric}: a difference is shown. --compare is {way}, which is {verdict}.")
+            continue
+        way = "higher" if low > 0 else "lower"
+        wanted = "higher" if metric in OF_EACH else "lower"  # as less is better of distances
+        verdict = "better" if way == wanted else "worse"
+        print(f"{metric}: a difference is shown. --compare is {way}, which is {verdict}.")
 
 
 def picture_rows(args, features):
-    """Returns a row for each picture: its folder, name and caption, and its own metrics."""
-    metrics = [metric for metric in args.metrics if metric in OF_EACH]
+    """Returns a row for each picture: its folder, file and caption, and its own metrics."""
     rows = []
-    for flag in features:
-        values = [values_of(metric, features[flag]).tolist() for metric in metrics]
-        for picture, *numbers in zip(args.folders[flag], *values):
+    for flag in [flag for flag in ("images", "compare") if flag in args.folders]:
+        metrics = {metric: values_of(metric, features, flag).tolist() for metric in args.metrics if metric in OF_EACH}
+        for number, picture in enumerate(args.folders[flag].values()):
             row = {"folder": flag, "file": str(picture["file"]), "caption": picture["caption"]}
-            rows.append(row | dict(zip(metrics, numbers)))
+            rows.append(row | {metric: values[number] for metric, values in metrics.items()})
     return rows
 
 
@@ -627,23 +637,23 @@ def write_results(args, results, rows):
     writer.writeheader()
     writer.writerows(rows)
     replace_file(folder / "pictures.csv", lines.getvalue().encode())
-    metric = next((metric for metric in args.metrics if metric in OF_EACH), None)
     (folder / "best_and_worst.png").unlink(missing_ok=True)  # of other pictures
-    if metric:
-        ranked = sorted((row for row in rows if row["folder"] == "images"), key=lambda row: -row[metric])
+    metrics = [metric for metric in args.metrics if metric in OF_EACH]
+    if metrics:
+        ranked = [row for row in rows if row["folder"] == "images"]
+        ranked.sort(key=lambda row: -row[metrics[0]])
         count = min(10, len(ranked) // 2)
         chosen = [open_picture(row["file"]) for row in ranked[:count] + ranked[-count:]]
         squares = [ImageOps.pad(picture, (128, 128), color="white") for picture in chosen]
-        data = io.BytesIO()
-        make_image_grid(squares, 2, count).save(data, "PNG")
-        replace_file(folder / "best_and_worst.png", data.getvalue())
+        replace_file(folder / "best_and_worst.png", png_bytes(make_image_grid(squares, 2, count)))
 
 
 @torch.inference_mode()
 def main(args):
     """Measures the pictures; ranks share their features, and the first one says and writes the results."""
     disable_progress_bar()
-    state, stop = start_processes(), StopFlag()
+    state = start_processes()
+    stop = StopFlag()
     stop.listen()
     features = all_features(args, state, stop)
     with stop.ending_at_once():  # as what follows takes seconds
@@ -661,7 +671,7 @@ def main(args):
 
 # === Programs: the same in generate.py and evaluate.py ===
 #
-# They ask nothing of the text above. They offer: start_processes, open_picture.
+# They ask nothing of the text above. They offer: start_processes, digest_of, open_picture, png_bytes.
 
 
 def start_processes():
@@ -672,13 +682,31 @@ def start_processes():
     return state
 
 
+def digest_of(models, settings):
+    """Returns a digest of models' weights, and of settings that change what they do, as text."""
+    digest = hashlib.blake2b(settings.encode(), digest_size=8)
+    for model in models:
+        for weight in model.state_dict().values():
+            digest.update(weight.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def open_picture(file):
     """Opens a picture as the training scripts do, with 8 bits a color."""
     try:
         picture = open_image(Path(file).read_bytes())
     except Exception as error:  # Pillow raises nearly anything over broken files
         raise SystemExit(f"{file} does not open as a picture: {error}")
-    return Image.fromarray(np.asarray(picture).round().astype(np.uint8)).convert("RGB")
+    if picture.mode == "F":  # grey of 16 bits, or of floats
+        picture = Image.fromarray(np.asarray(picture).round().astype(np.uint8))
+    return picture.convert("RGB")
+
+
+def png_bytes(image, **settings):
+    """Returns a picture as a PNG."""
+    data = io.BytesIO()
+    image.save(data, "PNG", **settings)
+    return data.getvalue()
 
 
 # === End of programs ===
@@ -698,11 +726,10 @@ def open_image(data):
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image, dtype=np.float32)
         lowest, highest = values.min(), values.max()
-        if not (0 <= lowest and highest <= (1 if image.mode == "F" else 65535)):  # which holds for no NaN either
-            raise ValueError(
-                f"its grey values go from {lowest:g} to {highest:g}, not 0 to 1 (floats) or 65535 (integers)"
-            )
-        unit = 1 / 255 if image.mode == "F" else 257
+        top = 1 if image.mode == "F" else 65535
+        if not (0 <= lowest and highest <= top):  # which holds for no NaN either
+            raise ValueError(f"its grey values go from {lowest:g} to {highest:g}, not from 0 to {top}")
+        unit = top / 255
         if image.mode == "I" and highest <= 255:  # 32 bits for values of 8
             unit = 1
         return Image.fromarray((values / unit).clip(0, 255))
@@ -738,8 +765,8 @@ def failure(what, folder, error):
     """Says what failed in which folder, and what is free there, as a full disk is the most frequent reason."""
     existing = next(path for path in Path(folder, "_").absolute().parents if path.exists())
     free = shutil.disk_usage(existing).free / 2**30
-    *_, reason = ["no reason is known", *str(error).strip().splitlines()]  # a loader puts a traceback before it
-    return f"{what} failed for {folder}, where {free:.2f} GiB are free: {reason}"
+    lines = str(error).strip().splitlines() or ["no reason is known"]
+    return f"{what} failed for {folder}, where {free:.2f} GiB are free: {lines[-1]}"  # behind a loader's traceback
 
 
 def is_launcher(pid):

@@ -1,7 +1,7 @@
 """Writes what a training script left as other programs take it: one file for A1111, ComfyUI, kohya and Civitai.
 
-A whole model of Stable Diffusion 1.x, 2.x or XL becomes one .safetensors file with the names of the first
-publications, or a folder of diffusers in another precision. Adapters (LoRA) become kohya's file, or with --merge_lora
+A whole model of Stable Diffusion 1.x, 2.x or XL becomes one .safetensors file with the names of the
+original code, or a folder of diffusers in another precision. Adapters (LoRA) become kohya's file, or with --merge_lora
 part of their base. The result is a folder, a file or a Hub id: a whole pipeline, adapters, or a checkpoint. What
 adapters and checkpoints go on is found in the run's train_args.yaml, in the model card, or by --base.
 
@@ -43,7 +43,6 @@ import yaml
 # The flags
 
 
-DTYPES = ["fp32", "fp16", "bf16"]
 EXPORTED = ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "DDPMPipeline"]
 
 
@@ -54,11 +53,11 @@ def parse_args(argv):
     add("result", help="what a training script left: a folder, a file or a Hub id")
     add("output", help="the file to write, if it ends in .safetensors, or else the folder")
     add("--base", help="what adapters or a checkpoint go on, if the run does not say; of a single file, its configs")
-    add("--dtype", choices=DTYPES, default="fp32", help="precision of the weights that are written")
+    add("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="precision of the weights that are written")
     add("--use_ema", **switch, help="of a checkpoint, take the average of the weights, unet_ema/")
     add("--merge_lora", **switch, help="add adapters to the weights of their base, and write that")
     add("--lora_scale", type=float, default=1.0, help="strength of adapters")
-    args = read_flags(parser, argv, {}, {})
+    args = read_flags(parser, argv, refused={}, replaces={})
     output = Path(args.output)
     if output.exists():
         parser.error(f"{output} is there already: name another output, or take that away")
@@ -142,7 +141,7 @@ def is_writable(folder):
 
 
 def unrecognized(flag, flags):
-    """Says that a flag is none of those, and which of them may have been meant."""
+    """Returns the sentence that a flag is none of those, and which of them may have been meant."""
     close = difflib.get_close_matches(flag, flags, n=1)
     return f"unrecognized argument {flag}" + (f": did you mean {close[0]}?" if close else "")
 
@@ -156,7 +155,9 @@ def config_value(parser, action, node):
         on = yaml.SafeLoader.bool_values.get(str(node.value).lower()) if kind == "bool" else None
         if on is None:
             raise argparse.ArgumentError(action, "must be true or false")
-        return on if action.const is None else action.const if on else None
+        if action.const is None:  # an ordinary switch
+            return on
+        return action.const if on else None  # one that stands for a value
     several = action.nargs == "+"
     nodes = node.value if several and kind == "seq" else [node]
     if not nodes or not all(one.id == "scalar" and one.tag in SCALARS for one in nodes):
@@ -219,12 +220,17 @@ def read_flags(parser, argv, refused, replaces):
     known = parser._option_string_actions
     typed = {known[flag].dest for flag in known.keys() & words}
     config = read_config(parser, argv, refused)
-    for name in {replaces[name] for name in typed & replaces.keys()} - typed:
-        config.pop(name, None)
+    for name, other in replaces.items():
+        if name in typed and other not in typed:
+            config.pop(other, None)
+    parser.set_defaults(**config)
     given = typed | config.keys()
-    parser.set_defaults(**config, **dict.fromkeys({replaces[name] for name in given & replaces.keys()} - given))
+    for name, other in replaces.items():
+        if name in given and other not in given:
+            parser.set_defaults(**{other: None})
     for action in parser._actions:
-        action.required &= action.dest not in config
+        if action.dest in config:
+            action.required = False
     args, unknown = parser.parse_known_args(argv)
     if unknown and not unknown[0].startswith("--"):  # which may be a token
         parser.error("a word stands there that belongs to no flag: quote values that have blanks, and see to `=`")
@@ -251,7 +257,7 @@ from safetensors.torch import save_file
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 
-# The names of the first publications; those of UNets stand in a fence below.
+# The names of the original code (CompVis, Stability AI); those of UNets stand in a fence below.
 
 
 VAE = {
@@ -324,7 +330,36 @@ def single_file_weights(pipeline):
     return tensors
 
 
-# What is written
+def file_metadata(args, pipeline, flags, suffix=""):
+    """Returns what a file says of itself: the modelspec's fields. An adapter's architecture has the suffix "/lora"."""
+    resolution = flags.get("resolution") or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    fields = modelspec(pipeline, Path(args.output).stem, resolution, suffix)
+    if flags.get("instance_prompt"):
+        fields["modelspec.trigger_phrase"] = flags["instance_prompt"]
+    return fields
+
+
+def kohya_file(args, pipeline, flags, adapter):
+    """Returns the tensors and the metadata of kohya's file of an adapter, by its name."""
+    models = {part: pipeline.components.get(part) for part in ("unet", "text_encoder", "text_encoder_2")}
+    tensors = kohya_tensors({part: model for part, model in models.items() if model is not None}, adapter)
+    ranks = {len(weight) for name, weight in tensors.items() if name.endswith("lora_down.weight")}
+    alphas = {weight.item() for name, weight in tensors.items() if name.endswith("alpha")}
+    family = kohya_family(pipeline)[0]
+    if any(name.endswith("dora_scale") for name in tensors):
+        print("These adapters have DoRA: ComfyUI comes near to it, A1111 and kohya do not. --merge_lora is exact.")
+    metadata = file_metadata(args, pipeline, flags, "/lora") | {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": ranks.pop() if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": alphas.pop() if len(alphas) == 1 else "Dynamic",
+        "ss_base_model_version": family,
+        "ss_v2": family.startswith("sd_v2"),
+        "ss_output_name": Path(args.output).stem,
+    }
+    return tensors, metadata
+
+
+# The program
 
 
 def write_file(tensors, metadata, output):
@@ -345,6 +380,9 @@ def write_folder(pipeline, output):
         for part in (pipeline, *pipeline.components.values()):  # which would name a folder of this machine
             if hasattr(part, "register_to_config"):
                 part.register_to_config(_name_or_path=output.name)
+        if "text_encoder" in pipeline.components:  # with the names that it has in all published folders
+            encoder = pipeline.text_encoder
+            encoder._weight_conversions = get_model_conversion_mapping(encoder, add_legacy=False)
         pipeline.save_pretrained(folder)
         for part in ("tokenizer", "tokenizer_2"):
             if part in pipeline.components:
@@ -353,52 +391,41 @@ def write_folder(pipeline, output):
         os.replace(folder, output)
 
 
-def file_metadata(args, pipeline, flags, adapter=""):
-    """Returns what a file says of itself: the modelspec's fields."""
-    resolution = flags.get("resolution") or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    fields = modelspec(pipeline, Path(args.output).stem, resolution, adapter)
-    if flags.get("instance_prompt"):
-        fields["modelspec.trigger_phrase"] = flags["instance_prompt"]
-    return fields
-
-
-def kohya_file(args, pipeline, flags, adapter):
-    """Returns the tensors and the metadata of kohya's file of an adapter."""
-    models = {part: pipeline.components.get(part) for part in ("unet", "text_encoder", "text_encoder_2")}
-    tensors = kohya_tensors({part: model for part, model in models.items() if model is not None}, adapter)
-    ranks = {len(weight) for name, weight in tensors.items() if name.endswith("lora_down.weight")}
-    alphas = {weight.item() for name, weight in tensors.items() if name.endswith("alpha")}
-    family = kohya_family(pipeline)[0]
-    if any(name.endswith("dora_scale") for name in tensors):
-        print("These adapters have DoRA: ComfyUI comes near to it, A1111 and kohya do not. --merge_lora is exact.")
-    metadata = file_metadata(args, pipeline, flags, "/lora") | {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": ranks.pop() if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": alphas.pop() if len(alphas) == 1 else "Dynamic",
-        "ss_base_model_version": family,
-        "ss_v2": family.startswith("sd_v2"),
-        "ss_output_name": Path(args.output).stem,
-    }
-    return tensors, metadata
-
-
 def megabytes(path):
     """Returns the size of a file, or of the safetensors files of a folder but for its checkpoints, in MB."""
     files = Path(path).rglob("*.safetensors") if Path(path).is_dir() else [Path(path)]
     return sum(file.stat().st_size for file in files if "checkpoint-" not in str(file.relative_to(path))) / 1e6
 
 
-def problem(args, kind, file):
-    """Returns what a result of some kind cannot become, or None."""
+def check_kind(args, kind):
+    """Raises a ValueError that says what a result of some kind cannot become."""
     if kind == "word":
-        return "a new word needs no export: A1111 and ComfyUI read its learned_embeds.safetensors"
+        raise ValueError("a new word needs no export: A1111 and ComfyUI read its learned_embeds.safetensors")
     if args.use_ema and not Path(args.result, "unet_ema").is_dir():
-        return "--use_ema is for a checkpoint of a run with --use_ema, which has a unet_ema/"
+        raise ValueError("--use_ema is for a checkpoint of a run with --use_ema, which has a unet_ema/")
     if (args.merge_lora or args.lora_scale != 1) and kind != "adapters":
-        return "--merge_lora and --lora_scale are for adapters"
-    if kind == "adapters" and not args.merge_lora and not file:
-        return "adapters become a file (name one .safetensors), or with --merge_lora part of their base"
-    return None
+        raise ValueError("--merge_lora and --lora_scale are for adapters")
+    if kind == "adapters" and not args.merge_lora and not args.output.endswith(".safetensors"):
+        raise ValueError("adapters become a file (name one .safetensors), or with --merge_lora part of their base")
+
+
+def open_result(args, result):
+    """Returns the pipeline of a result, and its adapter, by name, if that is not to be merged."""
+    try:
+        check_kind(args, kind_of(args.result))
+        pipeline, adapters = open_model([result], args.base, [args.lora_scale])
+        if type(pipeline).__name__ not in EXPORTED:
+            raise ValueError(f"it is a {type(pipeline).__name__}, and only {', '.join(EXPORTED)} can be exported")
+        if args.output.endswith(".safetensors") and not hasattr(pipeline, "vae"):
+            raise ValueError("an unconditional model has no such file: name a folder")
+    except Exception as error:  # diffusers raises nearly anything over files that it cannot use
+        raise SystemExit(f"{args.result} cannot be exported: {error}")
+    pipeline.to(torch.float32)
+    if args.merge_lora:
+        pipeline.fuse_lora(adapter_names=adapters)
+        pipeline.unload_lora_weights()
+        adapters = []
+    return pipeline, adapters[0] if adapters else None
 
 
 def main(args):
@@ -406,39 +433,21 @@ def main(args):
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    output, file = Path(args.output), args.output.endswith(".safetensors")
+    output = Path(args.output)
     result = str(Path(args.result, "unet_ema")) if args.use_ema else args.result
-    try:
-        kind = kind_of(args.result)
-        if why := problem(args, kind, file):
-            raise ValueError(why)
-        pipeline, adapters = open_model([result], args.base, [args.lora_scale])
-        if type(pipeline).__name__ not in EXPORTED:
-            raise ValueError(f"it is a {type(pipeline).__name__}, and {', '.join(EXPORTED)} are exported")
-        if file and not hasattr(pipeline, "vae"):
-            raise ValueError("a model of pixels has no such file: name a folder")
-    except Exception as error:  # diffusers raises nearly anything over files that it cannot use
-        raise SystemExit(f"{args.result} cannot be exported: {error}")
-    pipeline.to(torch.float32)
-    if args.merge_lora:
-        pipeline.fuse_lora(adapter_names=[*adapters])
-        pipeline.unload_lora_weights()
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
-    pipeline.to(dtype)
-    models = {name: model for name, model in pipeline.components.items() if isinstance(model, torch.nn.Module)}
-    for name, model in models.items():
-        if not all(weight.isfinite().all() for weight in model.state_dict().values()):
+    pipeline, adapter = open_result(args, result)
+    pipeline.to({"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype])
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module) and not all(w.isfinite().all() for w in part.state_dict().values()):
             raise SystemExit(f"The weights of {name} are not finite in {args.dtype}: take bf16 or fp32.")
     flags = run_flags(result)
     try:
-        if kind == "adapters" and not args.merge_lora:
-            write_file(*kohya_file(args, pipeline, flags, *adapters), output)
-        elif file:
+        if adapter:
+            tensors, metadata = kohya_file(args, pipeline, flags, adapter)
+            write_file(tensors, metadata, output)
+        elif output.suffix == ".safetensors":
             write_file(single_file_weights(pipeline), file_metadata(args, pipeline, flags), output)
         else:
-            if "text_encoder" in models:  # saved under the names that it has in all published folders
-                encoder = pipeline.text_encoder
-                encoder._weight_conversions = get_model_conversion_mapping(encoder, add_legacy=False)
             write_folder(pipeline, output)
     except OSError as error:
         raise SystemExit(f"{output} cannot be written: {error}")
@@ -451,7 +460,7 @@ def main(args):
 # It asks nothing of the text above. It offers: sgm_name, kohya_tensors, kohya_family, modelspec.
 
 
-# Layers of a UNet as the first publications named them, which is what most programs but diffusers look for.
+# Layers of a UNet as the original code (CompVis, Stability AI) named them, which most programs but diffusers look for.
 SGM = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
@@ -479,7 +488,7 @@ def renamed(name, names):
 
 
 def sgm_name(name, config):
-    """Names a layer of a UNet, or a weight of one, as the first publications did, by the UNet's config."""
+    """Names a layer of a UNet, or a weight of one, as the original code did, by the UNet's config."""
     found = re.match(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(\w+)\.(\d+)\.(.+)", name)
     if not found:
         return renamed(name, SGM)
@@ -542,14 +551,14 @@ def kohya_family(pipeline):
     return "sd_v2", "stable-diffusion-v2-512"
 
 
-def modelspec(pipeline, title, resolution, adapter=""):
+def modelspec(pipeline, title, resolution, suffix=""):
     """Returns what the modelspec (1.0.1) asks of a file: its five MUST fields, the day and the prediction type."""
     kind = kohya_family(pipeline)[1]
-    own_names = adapter and "xl" not in kind  # such adapters have the layers' names of diffusers
+    diffusers_names = suffix == "/lora" and "xl" not in kind  # as kohya's own files of such adapters have
     fields = {
         "sai_model_spec": "1.0.1",
-        "architecture": kind + adapter,
-        "implementation": "diffusers" if own_names else "https://github.com/Stability-AI/generative-models",
+        "architecture": kind + suffix,
+        "implementation": "diffusers" if diffusers_names else "https://github.com/Stability-AI/generative-models",
         "title": title,
         "resolution": f"{resolution}x{resolution}",
         "date": datetime.date.today().isoformat(),
@@ -562,7 +571,7 @@ def modelspec(pipeline, title, resolution, adapter=""):
 
 # === Results: the same in generate.py and export.py ===
 #
-# It asks nothing of the text above. It offers: kind_of, run_flags, open_model.
+# They ask nothing of the text above. They offer: open_model, kind_of, run_flags.
 
 
 KINDS = {  # what a folder holds, by the first of these names that is in it
@@ -570,16 +579,48 @@ KINDS = {  # what a folder holds, by the first of these names that is in it
     "pytorch_lora_weights.safetensors": "adapters",
     "learned_embeds.safetensors": "word",
     "unet": "checkpoint",
-    "controlnet": "control",
-    "config.json": "part",
+    "controlnet": "checkpoint of a ControlNet",
+    "config.json": "model",  # a UNet or a ControlNet
 }
-# As the training scripts open a base: without what blackens or marks pictures.
-BARE = {
-    "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
-    "StableDiffusionXLPipeline": {"add_watermarker": False},
-    "StableDiffusionInstructPix2PixPipeline": {"safety_checker": None, "requires_safety_checker": False},
-    "StableDiffusionXLInstructPix2PixPipeline": {"add_watermarker": False},
-}
+# As the training scripts open a base: the safety checker would blacken pictures.
+UNCHECKED = {"safety_checker": None, "requires_safety_checker": False}
+
+
+def open_model(models, base, scales):
+    """Opens a model, or what it goes on, with the parts that go onto that; adapters at their scales, one or one each.
+
+    Returns the pipeline and the names of its adapters. What is wrong is a ValueError, or whatever diffusers raises.
+    """
+    kinds = [kind_of(model) for model in models]
+    flags = run_flags(models[0])
+    parts = list(zip(models, kinds))
+    unet = models[0] if kinds[0] == "model" else Path(models[0], "unet")
+    if kinds[0] in ("pipeline", "file"):
+        pipeline = open_whole(models[0], {"single_file_config": base})
+        parts = parts[1:]
+    elif kinds[0] in ("model", "checkpoint") and class_of(unet) == "UNet2DModel":
+        pipeline = open_unconditional(unet, base, flags)
+        parts = parts[1:]
+    else:
+        pipeline = open_base(base, flags)
+    adapters = []
+    for model, kind in parts:
+        if kind == "adapters":
+            adapters.append(f"adapters_{len(adapters)}")
+            name = None if Path(model).is_file() else "pytorch_lora_weights.safetensors"
+            pipeline.load_lora_weights(model, adapter_name=adapters[-1], weight_name=name)
+        elif kind == "word":
+            add_word(pipeline, model)
+        else:
+            pipeline = with_part(pipeline, model, kind)
+    if adapters:
+        scales = scales * len(adapters) if len(scales) == 1 else scales
+        if len(scales) != len(adapters):
+            raise ValueError(f"--lora_scale has {len(scales)} numbers, and there are {len(adapters)} adapters")
+        pipeline.set_adapters(adapters, scales)
+    if hasattr(pipeline, "watermark"):  # of SDXL, which the training scripts' samples do not have
+        pipeline.watermark = None
+    return pipeline, adapters
 
 
 def kind_of(model):
@@ -617,18 +658,15 @@ def run_flags(model):
     return {"pretrained_model_name_or_path": card.data.get("base_model")}
 
 
-def set_schedule(pipeline, prediction_type, noise_alone):
-    """Has a pipeline sample as its UNet was trained: what it predicts, and whether its noise ends in noise alone."""
-    sampler, changes = type(pipeline.scheduler), {}
-    if prediction_type:
-        changes["prediction_type"] = prediction_type
-    if prediction_type == "sample":  # not all samplers, such as SD 1.x's, can do that
-        sampler, changes["clip_sample"] = diffusers.DDIMScheduler, False
-    if noise_alone:
-        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        able = "rescale_betas_zero_snr" in inspect.signature(sampler).parameters
-        sampler = sampler if able else diffusers.EulerDiscreteScheduler
-    pipeline.scheduler = sampler.from_config(pipeline.scheduler.config, **changes)
+def open_whole(model, flags):
+    """Opens a whole model: a single file, or a folder or Hub id, also one that has files in half precision alone."""
+    if model.endswith(".safetensors"):
+        return open_file(model, flags.get("single_file_config"))
+    chosen = {"revision": flags.get("revision"), **UNCHECKED}
+    try:
+        return diffusers.DiffusionPipeline.from_pretrained(model, variant=flags.get("variant"), **chosen)
+    except OSError:
+        return diffusers.DiffusionPipeline.from_pretrained(model, variant="fp16", **chosen)
 
 
 def open_file(model, config):
@@ -636,26 +674,13 @@ def open_file(model, config):
     with safe_open(model, "pt") as file:
         keys = {*file.keys()}
     xl = any(key.startswith("conditioner.") for key in keys)
-    name = "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
+    kind = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
     try:
-        pipeline = getattr(diffusers, name).from_single_file(model, config=config, **BARE[name])
+        pipeline = kind.from_single_file(model, config=config, **UNCHECKED)
     except OSError as error:
         raise ValueError(f"{error} Without a network, --base has to name a folder of its kind, for its configs.")
     set_schedule(pipeline, "v_prediction" if "v_pred" in keys else None, "ztsnr" in keys)
     return pipeline
-
-
-def open_whole(model, flags):
-    """Opens a whole model: a single file, or a folder or Hub id, also one that has files in half precision alone."""
-    if model.endswith(".safetensors"):
-        return open_file(model, flags.get("single_file_config"))
-    chosen = {"revision": flags["revision"]} if flags.get("revision") else {}
-    name = diffusers.DiffusionPipeline.load_config(model, **chosen)["_class_name"]
-    chosen |= BARE.get(name, {})
-    try:
-        return diffusers.DiffusionPipeline.from_pretrained(model, variant=flags.get("variant"), **chosen)
-    except OSError:
-        return diffusers.DiffusionPipeline.from_pretrained(model, variant="fp16", **chosen)
 
 
 def open_base(base, flags):
@@ -669,26 +694,44 @@ def open_base(base, flags):
         raise ValueError(f"it goes on {named}, which does not load (--base names another): {error}")
     if flags.get("pretrained_vae_model_name_or_path"):
         pipeline.vae = diffusers.AutoencoderKL.from_pretrained(flags["pretrained_vae_model_name_or_path"])
-    if flags.get("prediction_type") or flags.get("rescale_betas_zero_snr"):
-        set_schedule(pipeline, flags.get("prediction_type"), flags.get("rescale_betas_zero_snr"))
+    set_schedule(pipeline, flags.get("prediction_type"), flags.get("rescale_betas_zero_snr"))
     return pipeline
 
 
-def open_pixels(unet, base, flags):
-    """Opens a UNet of pixels with the noise schedule of its run."""
-    base, scheduler = base or flags.get("pretrained_model_name_or_path"), diffusers.DDPMScheduler()
+def set_schedule(pipeline, prediction_type, rescale_betas_zero_snr):
+    """Has a pipeline sample as its UNet was trained, if that is known: by what it predicts, to zero terminal SNR."""
+    sampler, changes = type(pipeline.scheduler), {}
+    if prediction_type:
+        changes["prediction_type"] = prediction_type
+    if prediction_type == "sample":  # not all samplers, such as SD 1.x's, can do that
+        sampler, changes["clip_sample"] = diffusers.DDIMScheduler, False
+    if rescale_betas_zero_snr:
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        if "rescale_betas_zero_snr" not in inspect.signature(sampler).parameters:
+            sampler = diffusers.EulerDiscreteScheduler
+    if changes:
+        pipeline.scheduler = sampler.from_config(pipeline.scheduler.config, **changes)
+
+
+def open_unconditional(unet, base, flags):
+    """Opens an unconditional UNet with the noise schedule of its run."""
+    scheduler = diffusers.DDPMScheduler()
+    base = base or flags.get("pretrained_model_name_or_path")
     if base:
         scheduler = diffusers.DDPMScheduler.from_pretrained(base, subfolder="scheduler")
-    names = {"num_train_timesteps": "ddpm_num_steps", "beta_schedule": "ddpm_beta_schedule"}
-    names["prediction_type"] = "prediction_type"
-    changes = {name: flags[flag] for name, flag in names.items() if flags.get(flag) is not None}
+    changes = {
+        "num_train_timesteps": flags.get("ddpm_num_steps"),
+        "beta_schedule": flags.get("ddpm_beta_schedule"),
+        "prediction_type": flags.get("prediction_type"),
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
     scheduler = diffusers.DDPMScheduler.from_config(scheduler.config, **changes)
     return diffusers.DDPMPipeline(unet=diffusers.UNet2DModel.from_pretrained(unet), scheduler=scheduler)
 
 
 def class_of(model):
-    """Returns the name of a model's class."""
-    return diffusers.UNet2DModel.load_config(model)["_class_name"]
+    """Returns the name of the class of a UNet or a ControlNet."""
+    return diffusers.AutoModel.load_config(model)["_class_name"]
 
 
 def add_word(pipeline, model):
@@ -696,80 +739,45 @@ def add_word(pipeline, model):
     encoders = [(pipeline.text_encoder, pipeline.tokenizer)]
     if hasattr(pipeline, "text_encoder_2"):
         encoders.append((pipeline.text_encoder_2, pipeline.tokenizer_2))
-    files = [model] if Path(model).is_file() else ["learned_embeds.safetensors", "learned_embeds_2.safetensors"]
+    names = ["learned_embeds.safetensors", "learned_embeds_2.safetensors"]
     if Path(model).is_file():
+        names = [Path(model).name]
         with safe_open(model, "pt") as file:
             words = [*file.keys()]
             width = file.get_slice(words[0]).get_shape()[-1]
         if len(words) > 1:
             raise ValueError(f"{model} is for other programs: give its folder")
         encoders = [pair for pair in encoders if pair[0].config.hidden_size == width][:1]
-    if not encoders:
-        raise ValueError(f"the vectors of {model} fit no text encoder")
-    for file, (encoder, tokenizer) in zip(files, encoders):
-        pipeline.load_textual_inversion(model, weight_name=Path(file).name, text_encoder=encoder, tokenizer=tokenizer)
+        if not encoders:
+            raise ValueError(f"the vectors of {model} fit no text encoder")
+    for name, (encoder, tokenizer) in zip(names, encoders):
+        pipeline.load_textual_inversion(model, weight_name=name, text_encoder=encoder, tokenizer=tokenizer)
+
+
+def with_part(pipeline, model, kind):
+    """Returns a pipeline with trained models in the place of its own, or with a ControlNet."""
+    if kind == "checkpoint":
+        for name in {"unet", "text_encoder", "text_encoder_2"} & {*os.listdir(model)}:
+            setattr(pipeline, name, type(getattr(pipeline, name)).from_pretrained(Path(model, name)))
+        return with_inputs(pipeline)
+    if kind == "checkpoint of a ControlNet":
+        model, kind = Path(model, "controlnet"), "model"
+    if kind != "model":
+        raise ValueError(f"{model} is a whole model, and only the first one may be")
+    if class_of(model) == "ControlNetModel":
+        controlnet = diffusers.ControlNetModel.from_pretrained(model)
+        return diffusers.AutoPipelineForText2Image.from_pipe(pipeline, controlnet=controlnet)
+    pipeline.unet = type(pipeline.unet).from_pretrained(model)
+    return with_inputs(pipeline)
 
 
 def with_inputs(pipeline):
     """Returns a pipeline that gives its UNet all the channels that it takes: 8 if it edits a picture."""
-    name = type(pipeline).__name__
-    if pipeline.unet.config.in_channels != 8 or "Instruct" in name:
+    if pipeline.unet.config.in_channels != 8 or "InstructPix2Pix" in type(pipeline).__name__:
         return pipeline
-    return getattr(diffusers, name.replace("Pipeline", "InstructPix2PixPipeline")).from_pipe(pipeline)
-
-
-def add_part(pipeline, model, kind, adapters):
-    """Puts a part onto a pipeline, and returns that: adapters, a word, or models in the place of the pipeline's."""
-    if kind == "adapters":
-        adapters.append(f"adapters_{len(adapters)}")
-        name = None if Path(model).is_file() else "pytorch_lora_weights.safetensors"
-        pipeline.load_lora_weights(model, adapter_name=adapters[-1], weight_name=name)
-    elif kind == "word":
-        add_word(pipeline, model)
-    elif kind == "checkpoint":  # of a run that trains whole models
-        for name in {"unet", "text_encoder", "text_encoder_2"} & {*os.listdir(model)}:
-            setattr(pipeline, name, type(getattr(pipeline, name)).from_pretrained(Path(model, name)))
-        return with_inputs(pipeline)
-    elif kind == "control":  # a checkpoint of a ControlNet
-        return add_part(pipeline, Path(model, "controlnet"), "part", adapters)
-    elif kind == "part" and class_of(model) == "ControlNetModel":
-        controlnet = diffusers.ControlNetModel.from_pretrained(model)
-        return diffusers.AutoPipelineForText2Image.from_pipe(pipeline, controlnet=controlnet)
-    elif kind == "part":
-        pipeline.unet = type(pipeline.unet).from_pretrained(model)
-        return with_inputs(pipeline)
-    else:
-        raise ValueError(f"{model} is a whole model, and only the first one may be")
-    return pipeline
-
-
-def open_model(models, base, scales):
-    """Opens a model, or what it goes on, with the parts that go onto that; adapters at their scales, one or one each.
-
-    Returns the pipeline and the scale of each adapter by name, "adapters_0" and on. What is wrong is a ValueError, or
-    whatever diffusers raises.
-    """
-    kinds, adapters = [kind_of(model) for model in models], []
-    flags, parts = run_flags(models[0]), list(zip(models, kinds))
-    unet = models[0] if kinds[0] == "part" else Path(models[0], "unet")
-    if kinds[0] in ("pipeline", "file"):
-        pipeline = open_whole(models[0], {"single_file_config": base})
-        parts = parts[1:]
-    elif kinds[0] in ("part", "checkpoint") and class_of(unet) == "UNet2DModel":
-        pipeline = open_pixels(unet, base, flags)
-        parts = parts[1:]
-    else:
-        pipeline = open_base(base, flags)
-    for model, kind in parts:
-        pipeline = add_part(pipeline, model, kind, adapters)
-    scales = scales * len(adapters) if len(scales) == 1 else scales
-    if adapters and len(scales) != len(adapters):
-        raise ValueError(f"--lora_scale has {len(scales)} numbers, and there are {len(adapters)} adapters")
-    if adapters:
-        pipeline.set_adapters(adapters, scales)
-    if hasattr(pipeline, "watermark"):  # which a pipeline made of another one's parts may have
-        pipeline.watermark = None
-    return pipeline, dict(zip(adapters, scales))
+    if isinstance(pipeline, diffusers.StableDiffusionXLPipeline):
+        return diffusers.StableDiffusionXLInstructPix2PixPipeline.from_pipe(pipeline)
+    return diffusers.StableDiffusionInstructPix2PixPipeline.from_pipe(pipeline)
 
 
 # === End of results ===

@@ -37,16 +37,15 @@ import functools
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import signal
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import yaml
@@ -84,7 +83,7 @@ def parse_args(argv):
     add("--vae_tiling", **switch, help="decode large pictures in parts, which takes less memory")
     add("--torch_compile", **switch, help="compile the UNet's blocks, for hundreds of pictures")
     add("--output_dir", type=path_name, default="generated", help="folder of what is drawn")
-    args = read_flags(parser, argv, {}, {})
+    args = read_flags(parser, argv, refused={}, replaces={})
     if args.prompt and args.prompts:
         parser.error("give --prompt or --prompts, not both")
     if not is_writable(args.output_dir):
@@ -114,7 +113,7 @@ def read_prompts(file):
     kinds = dict.fromkeys(("num_inference_steps", "height", "width"), positive_int)
     kinds |= {"seed": seed_number, "guidance_scale": non_negative, "image_guidance_scale": non_negative}
     if Path(file).suffix not in (".txt", ".jsonl", ".csv", ".parquet"):
-        raise SystemExit(f"--prompts {file} has another ending than .txt, .jsonl, .csv or .parquet: rename it.")
+        raise SystemExit(f"--prompts {file} is none of .txt, .jsonl, .csv or .parquet: take one of those.")
     try:
         rows = read_rows(Path(file))
     except Exception as error:  # anything, from a missing file to one that is torn
@@ -137,11 +136,12 @@ def read_prompts(file):
 
 
 def make_jobs(args, rows):
-    """Returns all that is to be said of each picture: its file's name, prompt, settings, seed and number.
+    """Returns a job for each picture: its file's name, prompt, settings, seed, and number among those of both.
 
-    The number counts the pictures of a prompt and seed, so that no two of them are alike.
+    By the number, no two pictures of a prompt and a seed are alike.
     """
-    jobs, numbers = [], collections.Counter()
+    jobs = []
+    numbers = collections.Counter()
     for place, row in enumerate(rows):
         settings = {name: row.get(name, getattr(args, name)) for name in ("negative_prompt", "image", *NUMBERS)}
         if settings["image"] and not Path(settings["image"]).is_file():
@@ -227,7 +227,7 @@ def is_writable(folder):
 
 
 def unrecognized(flag, flags):
-    """Says that a flag is none of those, and which of them may have been meant."""
+    """Returns the sentence that a flag is none of those, and which of them may have been meant."""
     close = difflib.get_close_matches(flag, flags, n=1)
     return f"unrecognized argument {flag}" + (f": did you mean {close[0]}?" if close else "")
 
@@ -241,7 +241,9 @@ def config_value(parser, action, node):
         on = yaml.SafeLoader.bool_values.get(str(node.value).lower()) if kind == "bool" else None
         if on is None:
             raise argparse.ArgumentError(action, "must be true or false")
-        return on if action.const is None else action.const if on else None
+        if action.const is None:  # an ordinary switch
+            return on
+        return action.const if on else None  # one that stands for a value
     several = action.nargs == "+"
     nodes = node.value if several and kind == "seq" else [node]
     if not nodes or not all(one.id == "scalar" and one.tag in SCALARS for one in nodes):
@@ -304,12 +306,17 @@ def read_flags(parser, argv, refused, replaces):
     known = parser._option_string_actions
     typed = {known[flag].dest for flag in known.keys() & words}
     config = read_config(parser, argv, refused)
-    for name in {replaces[name] for name in typed & replaces.keys()} - typed:
-        config.pop(name, None)
+    for name, other in replaces.items():
+        if name in typed and other not in typed:
+            config.pop(other, None)
+    parser.set_defaults(**config)
     given = typed | config.keys()
-    parser.set_defaults(**config, **dict.fromkeys({replaces[name] for name in given & replaces.keys()} - given))
+    for name, other in replaces.items():
+        if name in given and other not in given:
+            parser.set_defaults(**{other: None})
     for action in parser._actions:
-        action.required &= action.dest not in config
+        if action.dest in config:
+            action.required = False
     args, unknown = parser.parse_known_args(argv)
     if unknown and not unknown[0].startswith("--"):  # which may be a token
         parser.error("a word stands there that belongs to no flag: quote values that have blanks, and see to `=`")
@@ -332,7 +339,6 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
-from diffusers.utils import make_image_grid
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 from PIL import Image, ImageOps
@@ -344,14 +350,14 @@ from tqdm import tqdm
 # The pictures
 
 
-def prepare(args, pipeline, scales, device):
-    """Brings a pipeline to the device as the flags say; returns what its pictures say of it."""
+def prepare(args, pipeline, device):
+    """Moves a pipeline to the device, and returns the settings that each of its pictures records."""
     if args.scheduler:
         pipeline.scheduler = getattr(diffusers, args.scheduler).from_config(pipeline.scheduler.config)
-    of_pixels = isinstance(pipeline, diffusers.DDPMPipeline)  # which keeps its pictures in the precision of its UNet
-    dtype = args.dtype or ("fp16" if device.type == "cuda" and not of_pixels else "fp32")
-    if of_pixels and dtype != "fp32":
-        raise ValueError("a model of pixels draws in --dtype fp32")
+    unconditional = isinstance(pipeline, diffusers.DDPMPipeline)  # whose noise has the precision of its UNet
+    dtype = args.dtype or ("fp16" if device.type == "cuda" and not unconditional else "fp32")
+    if unconditional and dtype != "fp32":
+        raise ValueError("an unconditional model draws in --dtype fp32")
     pipeline.to(device, {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype])
     pipeline.set_progress_bar_config(disable=True)
     if args.vae_tiling:
@@ -360,58 +366,59 @@ def prepare(args, pipeline, scales, device):
         pipeline.unet.compile_repeated_blocks()
     parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     schedule = {name: value for name, value in pipeline.scheduler.config.items() if name[0] != "_"}
-    checksum = zlib.crc32(json.dumps(schedule, sort_keys=True, default=str).encode())
-    for weight in itertools.chain(*(part.state_dict().values() for part in parts)):
-        checksum = zlib.crc32(weight.cpu().reshape(-1).view(torch.uint8).numpy(), checksum)
     return {
         "scheduler": type(pipeline.scheduler).__name__,
         "dtype": dtype,
-        "weights": f"{checksum:08x}",
-        "lora_scale": [*scales.values()],
+        "weights": digest_of(parts, json.dumps(schedule, sort_keys=True, default=str)),
+        "lora_scale": args.lora_scale,
         "vae_tiling": args.vae_tiling,
     }
 
 
-def fill_in(jobs, pipeline, flags):
-    """Gives jobs the settings that were left open: the run's resolution, and the pipeline's own.
+def fill_in(jobs, pipeline, resolution):
+    """Gives jobs the settings that were left open: the run's resolution, if it is known, and the pipeline's own.
 
-    What is drawn from a picture has its shape, with the resolution as the shorter side, or else its size.
+    What is drawn from a picture has its shape, with the resolution as the shorter side, or else its size. The second
+    model of --compare draws with what the first one filled in.
     """
-    known = inspect.signature(pipeline.__call__).parameters
-    for job in [job for job in jobs if job["image"]]:
-        size = open_picture(job["image"]).size
-        scale = flags["resolution"] / min(size) if flags.get("resolution") else 1
-        for name, length in zip(("width", "height"), size):
-            job[name] = job[name] or max(8, round(length * scale / 8) * 8)
-    for name in [name for name in NUMBERS if name in known]:
-        usual = known[name].default
-        if name in ("height", "width") and usual is None:
-            usual = flags.get("resolution")
-        for job in jobs:
-            job[name] = usual if job[name] is None else job[name]
+    parameters = inspect.signature(pipeline.__call__).parameters
+    for job in jobs:
+        if job["image"]:
+            width, height = open_picture(job["image"]).size
+            scale = resolution / min(width, height) if resolution else 1
+            job["width"] = job["width"] or max(8, round(width * scale / 8) * 8)
+            job["height"] = job["height"] or max(8, round(height * scale / 8) * 8)
+        for name in NUMBERS:
+            if job[name] is None and name in parameters:
+                job[name] = parameters[name].default
+        for name in ("width", "height"):
+            if job[name] is None and name in parameters:
+                job[name] = resolution
 
 
 def noise_seed(job):
-    """Returns the seed of a picture's noise: 32 bits, from its seed, prompt and number."""
+    """Returns the seed of a picture's noise, from its seed, prompt and number: 32 bits, as torch keeps no more."""
     named = json.dumps([job["seed"], job["prompt"], job["number"]])
     return int(hashlib.blake2b(named.encode(), digest_size=4).hexdigest(), 16)
 
 
 def draw(pipeline, jobs):
-    """Draws the pictures of jobs of one shape_of."""
-    known, first = inspect.signature(pipeline.__call__).parameters, jobs[0]
+    """Draws the pictures of jobs of one batch_key."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    first = jobs[0]
     given = {name: first[name] for name in NUMBERS if name != "seed" and first[name] is not None}
-    if "prompt" in known or first["prompt"]:
+    if "prompt" in parameters or first["prompt"]:
         given["prompt"] = [job["prompt"] for job in jobs]
     else:
         given["batch_size"] = len(jobs)
     if first["negative_prompt"] is not None:
         given["negative_prompt"] = [job["negative_prompt"] for job in jobs]
     if first["image"]:
-        side = (first["width"], first["height"])
-        given["image"] = [open_picture(job["image"]).resize(side, Image.Resampling.LANCZOS) for job in jobs]
-        given = {name: value for name, value in given.items() if name in known or name not in ("width", "height")}
-    if unknown := given.keys() - known.keys():
+        size = (first["width"], first["height"])
+        given["image"] = [open_picture(job["image"]).resize(size, Image.Resampling.LANCZOS) for job in jobs]
+        for name in {"width", "height"} - parameters.keys():  # as an editor draws in the size of its picture
+            del given[name]
+    if unknown := given.keys() - parameters.keys():
         raise SystemExit(f"A {type(pipeline).__name__} takes no {' and no '.join(sorted(unknown))}.")
     generators = [torch.Generator().manual_seed(noise_seed(job)) for job in jobs]
     try:
@@ -423,21 +430,8 @@ def draw(pipeline, jobs):
     return pipeline.numpy_to_pil(images)
 
 
-def shape_of(job):
-    """Returns what the pictures of a batch have in common, as text."""
-    alike = [job[name] for name in NUMBERS if name != "seed"]
-    return str([*alike, job["negative_prompt"] is None, job["image"] is None])
-
-
-def png_bytes(image, **settings):
-    """Returns a picture as a PNG."""
-    data = io.BytesIO()
-    image.save(data, "PNG", **settings)
-    return data.getvalue()
-
-
 def save_picture(image, file, job, settings):
-    """Writes a picture with its settings in it, for this program and as A1111 writes them."""
+    """Writes a picture with its settings in it, for this program and as A1111 writes them, with the noise's seed."""
     negative = f"\nNegative prompt: {job['negative_prompt']}" if job["negative_prompt"] else ""
     notes = PngInfo()
     notes.add_itxt("settings", json.dumps(job | settings))
@@ -454,16 +448,33 @@ def missing_jobs(folder, jobs, settings):
     """Lists what is still to be drawn; refuses a folder with a picture that was drawn in another way."""
     missing = []
     for job in jobs:
-        file, wanted = folder / job["file_name"], job | settings
+        file = folder / job["file_name"]
         if not file.exists():
             missing.append(job)
             continue
+        wanted = job | settings
         with Image.open(file) as image:
             drawn = json.loads(image.info.get("settings", "{}"))
         if changed := [name for name in wanted if drawn.get(name) != wanted[name]]:
-            sentence = f"was drawn with another {' and another '.join(changed)}: take another --output_dir."
-            raise SystemExit(f"{file} {sentence}")
+            raise SystemExit(f"{file} was drawn with another {', another '.join(changed)}: take another --output_dir.")
     return missing
+
+
+def batch_key(job):
+    """Returns what has to be equal for two pictures to be drawn in one batch."""
+    alike = [job[name] for name in NUMBERS if name != "seed"]
+    return (*alike, job["negative_prompt"] is None, job["image"] is None)
+
+
+def make_batches(jobs, batch_size):
+    """Returns jobs in batches of one batch_key each."""
+    groups = {}
+    for job in jobs:
+        groups.setdefault(batch_key(job), []).append(job)
+    batches = []
+    for group in groups.values():
+        batches += [group[first : first + batch_size] for first in range(0, len(group), batch_size)]
+    return batches
 
 
 def end_if_asked(state, stop):
@@ -478,24 +489,20 @@ def end_if_asked(state, stop):
 def draw_missing(args, state, models, folder, stop):
     """Draws what a folder lacks of the jobs, ranks by turns; returns how many pictures that is."""
     try:
-        pipeline, scales = open_model(models, args.base, args.lora_scale)
-        settings = prepare(args, pipeline, scales, state.device)
+        pipeline, _ = open_model(models, args.base, args.lora_scale)
+        settings = prepare(args, pipeline, state.device)
     except Exception as error:  # diffusers raises nearly anything over files that it cannot use
         raise SystemExit(f"{' '.join(models)} cannot be loaded: {error}")
-    known = inspect.signature(pipeline.__call__).parameters
-    if "prompt" in known and not (args.prompt or args.prompts):
+    parameters = inspect.signature(pipeline.__call__).parameters
+    if "prompt" in parameters and not (args.prompt or args.prompts):
         raise SystemExit(f"{' '.join(models)} draws from prompts: give --prompt or --prompts.")
-    if "image" in known and not all(job["image"] for job in args.jobs):
+    if "image" in parameters and not all(job["image"] for job in args.jobs):
         raise SystemExit(f"{' '.join(models)} draws from pictures: give --image, or --prompts with a column image.")
-    fill_in(args.jobs, pipeline, run_flags(models[0]))
+    fill_in(args.jobs, pipeline, run_flags(models[0]).get("resolution"))
     end_if_asked(state, stop)  # as the model was loaded
     # Rank 0 alone looks, before any draws: others would find what has been drawn since.
     missing = broadcast_object_list([missing_jobs(folder, args.jobs, settings) if state.is_main_process else None])[0]
-    batches = []
-    for _, alike in itertools.groupby(sorted(missing, key=shape_of), shape_of):
-        alike = list(alike)
-        batches += [alike[first : first + args.batch_size] for first in range(0, len(alike), args.batch_size)]
-    mine = batches[state.process_index :: state.num_processes]
+    mine = make_batches(missing, args.batch_size)[state.process_index :: state.num_processes]
     for jobs in tqdm(mine, "drawing", disable=not state.is_main_process):
         for job, image in zip(jobs, draw(pipeline, jobs)):
             save_picture(image, folder / job["file_name"], job, settings)
@@ -503,27 +510,27 @@ def draw_missing(args, state, models, folder, stop):
     return len(missing)
 
 
-# What else there is
+# The folder
 
 
 def write_metadata(folder, jobs):
     """Writes a row for each picture: its file, its prompt as "text", and what it was drawn with."""
-    rows = [{"file_name": job["file_name"], "text": job["prompt"]} | job for job in jobs]
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    lines = [json.dumps({"text": job["prompt"]} | job, ensure_ascii=False) + "\n" for job in jobs]
     replace_file(folder / "metadata.jsonl", "".join(lines).encode())
 
 
-def write_grid(folders, jobs, file, columns=8, rows=8, side=256):
-    """Writes a sheet of the first pictures; those of a second model stand below the first one's."""
-    names = [job["file_name"] for job in jobs[: columns * rows]]
-    columns = min(columns, len(names))
-    names += [None] * (-len(names) % columns)
-    sheet = []
-    for first, folder in itertools.product(range(0, len(names), columns), folders):
-        for name in names[first : first + columns]:
-            picture = Image.open(folder / name).convert("RGB") if name else Image.new("RGB", (side, side), "white")
-            sheet.append(ImageOps.pad(picture, (side, side), color="white"))
-    replace_file(file, png_bytes(make_image_grid(sheet, len(sheet) // columns, columns)))
+def write_grid(folders, jobs, file):
+    """Writes a sheet of the first 64 pictures, 8 a row; those of a second model stand below the first one's."""
+    names = [job["file_name"] for job in jobs[:64]]
+    columns = min(8, len(names))
+    rows = math.ceil(len(names) / columns) * len(folders)
+    sheet = Image.new("RGB", (columns * 256, rows * 256), "white")
+    for number, name in enumerate(names):
+        for below, folder in enumerate(folders):
+            picture = ImageOps.pad(Image.open(folder / name).convert("RGB"), (256, 256), color="white")
+            row = number // columns * len(folders) + below
+            sheet.paste(picture, (number % columns * 256, row * 256))
+    replace_file(file, png_bytes(sheet))
 
 
 def main(args):
@@ -531,34 +538,40 @@ def main(args):
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    state, stop = start_processes(), StopFlag()
-    models = {"pictures": args.model} | ({"compare": args.compare} if args.compare else {})
-    folders = [Path(args.output_dir, name) for name in models]
-    lock = FileLock(Path(args.output_dir, ".lock"))
+    state = start_processes()
+    stop = StopFlag()
+    output_dir = Path(args.output_dir)
+    models = {output_dir / "pictures": args.model}
+    if args.compare:
+        models[output_dir / "compare"] = args.compare
+    lock = FileLock(output_dir / ".lock")
     try:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        output_dir.mkdir(parents=True, exist_ok=True)
         if state.is_main_process:
-            take_lock(lock, args.output_dir)
+            take_lock(lock, output_dir)
         stop.listen()
         started = time.perf_counter()
-        drawn = sum(draw_missing(args, state, models[folder.name], folder, stop) for folder in folders)
+        drawn = 0
+        for folder, model in models.items():
+            drawn += draw_missing(args, state, model, folder, stop)
         seconds = time.perf_counter() - started
         with stop.ending_at_once():  # else none could end what waits for the others
             state.wait_for_everyone()
         if state.is_main_process:
-            files = [folder / job["file_name"] for folder in folders for job in args.jobs]
-            if lost := sum(not file.exists() for file in files):
+            files = [folder / job["file_name"] for folder in models for job in args.jobs]
+            lost = sum(not file.exists() for file in files)
+            if lost:
                 way_out = "take an --output_dir that all machines share, or wait, and give the same command again"
-                raise SystemExit(f"{lost} pictures are not seen from here: {way_out}.")
-            for folder in folders:
+                raise SystemExit(f"{lost} pictures of other machines are not seen from here: {way_out}.")
+            for folder in models:
                 write_metadata(folder, args.jobs)
-            write_grid(folders, args.jobs, Path(args.output_dir, "grid.png"))
+            write_grid([*models], args.jobs, output_dir / "grid.png")
             speed = f"{drawn / seconds:.2f} a second with loading, on {state.num_processes} processes"
             there = len(files) - drawn
             print(f"{drawn} pictures drawn in {seconds:.1f} s ({speed}); {there} were there already.")
-            print(f"All are in {' and '.join(map(str, folders))}.")
+            print(f"All are in {' and '.join(map(str, models))}.")
     except OSError as error:  # such as a full disk
-        raise SystemExit(failure("Drawing", args.output_dir, error))
+        raise SystemExit(failure("Drawing", output_dir, error))
     finally:
         lock.release()
     state.destroy_process_group()
@@ -566,7 +579,7 @@ def main(args):
 
 # === Results: the same in generate.py and export.py ===
 #
-# It asks nothing of the text above. It offers: kind_of, run_flags, open_model.
+# They ask nothing of the text above. They offer: open_model, kind_of, run_flags.
 
 
 KINDS = {  # what a folder holds, by the first of these names that is in it
@@ -574,16 +587,48 @@ KINDS = {  # what a folder holds, by the first of these names that is in it
     "pytorch_lora_weights.safetensors": "adapters",
     "learned_embeds.safetensors": "word",
     "unet": "checkpoint",
-    "controlnet": "control",
-    "config.json": "part",
+    "controlnet": "checkpoint of a ControlNet",
+    "config.json": "model",  # a UNet or a ControlNet
 }
-# As the training scripts open a base: without what blackens or marks pictures.
-BARE = {
-    "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
-    "StableDiffusionXLPipeline": {"add_watermarker": False},
-    "StableDiffusionInstructPix2PixPipeline": {"safety_checker": None, "requires_safety_checker": False},
-    "StableDiffusionXLInstructPix2PixPipeline": {"add_watermarker": False},
-}
+# As the training scripts open a base: the safety checker would blacken pictures.
+UNCHECKED = {"safety_checker": None, "requires_safety_checker": False}
+
+
+def open_model(models, base, scales):
+    """Opens a model, or what it goes on, with the parts that go onto that; adapters at their scales, one or one each.
+
+    Returns the pipeline and the names of its adapters. What is wrong is a ValueError, or whatever diffusers raises.
+    """
+    kinds = [kind_of(model) for model in models]
+    flags = run_flags(models[0])
+    parts = list(zip(models, kinds))
+    unet = models[0] if kinds[0] == "model" else Path(models[0], "unet")
+    if kinds[0] in ("pipeline", "file"):
+        pipeline = open_whole(models[0], {"single_file_config": base})
+        parts = parts[1:]
+    elif kinds[0] in ("model", "checkpoint") and class_of(unet) == "UNet2DModel":
+        pipeline = open_unconditional(unet, base, flags)
+        parts = parts[1:]
+    else:
+        pipeline = open_base(base, flags)
+    adapters = []
+    for model, kind in parts:
+        if kind == "adapters":
+            adapters.append(f"adapters_{len(adapters)}")
+            name = None if Path(model).is_file() else "pytorch_lora_weights.safetensors"
+            pipeline.load_lora_weights(model, adapter_name=adapters[-1], weight_name=name)
+        elif kind == "word":
+            add_word(pipeline, model)
+        else:
+            pipeline = with_part(pipeline, model, kind)
+    if adapters:
+        scales = scales * len(adapters) if len(scales) == 1 else scales
+        if len(scales) != len(adapters):
+            raise ValueError(f"--lora_scale has {len(scales)} numbers, and there are {len(adapters)} adapters")
+        pipeline.set_adapters(adapters, scales)
+    if hasattr(pipeline, "watermark"):  # of SDXL, which the training scripts' samples do not have
+        pipeline.watermark = None
+    return pipeline, adapters
 
 
 def kind_of(model):
@@ -621,18 +666,15 @@ def run_flags(model):
     return {"pretrained_model_name_or_path": card.data.get("base_model")}
 
 
-def set_schedule(pipeline, prediction_type, noise_alone):
-    """Has a pipeline sample as its UNet was trained: what it predicts, and whether its noise ends in noise alone."""
-    sampler, changes = type(pipeline.scheduler), {}
-    if prediction_type:
-        changes["prediction_type"] = prediction_type
-    if prediction_type == "sample":  # not all samplers, such as SD 1.x's, can do that
-        sampler, changes["clip_sample"] = diffusers.DDIMScheduler, False
-    if noise_alone:
-        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        able = "rescale_betas_zero_snr" in inspect.signature(sampler).parameters
-        sampler = sampler if able else diffusers.EulerDiscreteScheduler
-    pipeline.scheduler = sampler.from_config(pipeline.scheduler.config, **changes)
+def open_whole(model, flags):
+    """Opens a whole model: a single file, or a folder or Hub id, also one that has files in half precision alone."""
+    if model.endswith(".safetensors"):
+        return open_file(model, flags.get("single_file_config"))
+    chosen = {"revision": flags.get("revision"), **UNCHECKED}
+    try:
+        return diffusers.DiffusionPipeline.from_pretrained(model, variant=flags.get("variant"), **chosen)
+    except OSError:
+        return diffusers.DiffusionPipeline.from_pretrained(model, variant="fp16", **chosen)
 
 
 def open_file(model, config):
@@ -640,26 +682,13 @@ def open_file(model, config):
     with safe_open(model, "pt") as file:
         keys = {*file.keys()}
     xl = any(key.startswith("conditioner.") for key in keys)
-    name = "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
+    kind = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
     try:
-        pipeline = getattr(diffusers, name).from_single_file(model, config=config, **BARE[name])
+        pipeline = kind.from_single_file(model, config=config, **UNCHECKED)
     except OSError as error:
         raise ValueError(f"{error} Without a network, --base has to name a folder of its kind, for its configs.")
     set_schedule(pipeline, "v_prediction" if "v_pred" in keys else None, "ztsnr" in keys)
     return pipeline
-
-
-def open_whole(model, flags):
-    """Opens a whole model: a single file, or a folder or Hub id, also one that has files in half precision alone."""
-    if model.endswith(".safetensors"):
-        return open_file(model, flags.get("single_file_config"))
-    chosen = {"revision": flags["revision"]} if flags.get("revision") else {}
-    name = diffusers.DiffusionPipeline.load_config(model, **chosen)["_class_name"]
-    chosen |= BARE.get(name, {})
-    try:
-        return diffusers.DiffusionPipeline.from_pretrained(model, variant=flags.get("variant"), **chosen)
-    except OSError:
-        return diffusers.DiffusionPipeline.from_pretrained(model, variant="fp16", **chosen)
 
 
 def open_base(base, flags):
@@ -673,26 +702,44 @@ def open_base(base, flags):
         raise ValueError(f"it goes on {named}, which does not load (--base names another): {error}")
     if flags.get("pretrained_vae_model_name_or_path"):
         pipeline.vae = diffusers.AutoencoderKL.from_pretrained(flags["pretrained_vae_model_name_or_path"])
-    if flags.get("prediction_type") or flags.get("rescale_betas_zero_snr"):
-        set_schedule(pipeline, flags.get("prediction_type"), flags.get("rescale_betas_zero_snr"))
+    set_schedule(pipeline, flags.get("prediction_type"), flags.get("rescale_betas_zero_snr"))
     return pipeline
 
 
-def open_pixels(unet, base, flags):
-    """Opens a UNet of pixels with the noise schedule of its run."""
-    base, scheduler = base or flags.get("pretrained_model_name_or_path"), diffusers.DDPMScheduler()
+def set_schedule(pipeline, prediction_type, rescale_betas_zero_snr):
+    """Has a pipeline sample as its UNet was trained, if that is known: by what it predicts, to zero terminal SNR."""
+    sampler, changes = type(pipeline.scheduler), {}
+    if prediction_type:
+        changes["prediction_type"] = prediction_type
+    if prediction_type == "sample":  # not all samplers, such as SD 1.x's, can do that
+        sampler, changes["clip_sample"] = diffusers.DDIMScheduler, False
+    if rescale_betas_zero_snr:
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        if "rescale_betas_zero_snr" not in inspect.signature(sampler).parameters:
+            sampler = diffusers.EulerDiscreteScheduler
+    if changes:
+        pipeline.scheduler = sampler.from_config(pipeline.scheduler.config, **changes)
+
+
+def open_unconditional(unet, base, flags):
+    """Opens an unconditional UNet with the noise schedule of its run."""
+    scheduler = diffusers.DDPMScheduler()
+    base = base or flags.get("pretrained_model_name_or_path")
     if base:
         scheduler = diffusers.DDPMScheduler.from_pretrained(base, subfolder="scheduler")
-    names = {"num_train_timesteps": "ddpm_num_steps", "beta_schedule": "ddpm_beta_schedule"}
-    names["prediction_type"] = "prediction_type"
-    changes = {name: flags[flag] for name, flag in names.items() if flags.get(flag) is not None}
+    changes = {
+        "num_train_timesteps": flags.get("ddpm_num_steps"),
+        "beta_schedule": flags.get("ddpm_beta_schedule"),
+        "prediction_type": flags.get("prediction_type"),
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
     scheduler = diffusers.DDPMScheduler.from_config(scheduler.config, **changes)
     return diffusers.DDPMPipeline(unet=diffusers.UNet2DModel.from_pretrained(unet), scheduler=scheduler)
 
 
 def class_of(model):
-    """Returns the name of a model's class."""
-    return diffusers.UNet2DModel.load_config(model)["_class_name"]
+    """Returns the name of the class of a UNet or a ControlNet."""
+    return diffusers.AutoModel.load_config(model)["_class_name"]
 
 
 def add_word(pipeline, model):
@@ -700,87 +747,52 @@ def add_word(pipeline, model):
     encoders = [(pipeline.text_encoder, pipeline.tokenizer)]
     if hasattr(pipeline, "text_encoder_2"):
         encoders.append((pipeline.text_encoder_2, pipeline.tokenizer_2))
-    files = [model] if Path(model).is_file() else ["learned_embeds.safetensors", "learned_embeds_2.safetensors"]
+    names = ["learned_embeds.safetensors", "learned_embeds_2.safetensors"]
     if Path(model).is_file():
+        names = [Path(model).name]
         with safe_open(model, "pt") as file:
             words = [*file.keys()]
             width = file.get_slice(words[0]).get_shape()[-1]
         if len(words) > 1:
             raise ValueError(f"{model} is for other programs: give its folder")
         encoders = [pair for pair in encoders if pair[0].config.hidden_size == width][:1]
-    if not encoders:
-        raise ValueError(f"the vectors of {model} fit no text encoder")
-    for file, (encoder, tokenizer) in zip(files, encoders):
-        pipeline.load_textual_inversion(model, weight_name=Path(file).name, text_encoder=encoder, tokenizer=tokenizer)
+        if not encoders:
+            raise ValueError(f"the vectors of {model} fit no text encoder")
+    for name, (encoder, tokenizer) in zip(names, encoders):
+        pipeline.load_textual_inversion(model, weight_name=name, text_encoder=encoder, tokenizer=tokenizer)
+
+
+def with_part(pipeline, model, kind):
+    """Returns a pipeline with trained models in the place of its own, or with a ControlNet."""
+    if kind == "checkpoint":
+        for name in {"unet", "text_encoder", "text_encoder_2"} & {*os.listdir(model)}:
+            setattr(pipeline, name, type(getattr(pipeline, name)).from_pretrained(Path(model, name)))
+        return with_inputs(pipeline)
+    if kind == "checkpoint of a ControlNet":
+        model, kind = Path(model, "controlnet"), "model"
+    if kind != "model":
+        raise ValueError(f"{model} is a whole model, and only the first one may be")
+    if class_of(model) == "ControlNetModel":
+        controlnet = diffusers.ControlNetModel.from_pretrained(model)
+        return diffusers.AutoPipelineForText2Image.from_pipe(pipeline, controlnet=controlnet)
+    pipeline.unet = type(pipeline.unet).from_pretrained(model)
+    return with_inputs(pipeline)
 
 
 def with_inputs(pipeline):
     """Returns a pipeline that gives its UNet all the channels that it takes: 8 if it edits a picture."""
-    name = type(pipeline).__name__
-    if pipeline.unet.config.in_channels != 8 or "Instruct" in name:
+    if pipeline.unet.config.in_channels != 8 or "InstructPix2Pix" in type(pipeline).__name__:
         return pipeline
-    return getattr(diffusers, name.replace("Pipeline", "InstructPix2PixPipeline")).from_pipe(pipeline)
-
-
-def add_part(pipeline, model, kind, adapters):
-    """Puts a part onto a pipeline, and returns that: adapters, a word, or models in the place of the pipeline's."""
-    if kind == "adapters":
-        adapters.append(f"adapters_{len(adapters)}")
-        name = None if Path(model).is_file() else "pytorch_lora_weights.safetensors"
-        pipeline.load_lora_weights(model, adapter_name=adapters[-1], weight_name=name)
-    elif kind == "word":
-        add_word(pipeline, model)
-    elif kind == "checkpoint":  # of a run that trains whole models
-        for name in {"unet", "text_encoder", "text_encoder_2"} & {*os.listdir(model)}:
-            setattr(pipeline, name, type(getattr(pipeline, name)).from_pretrained(Path(model, name)))
-        return with_inputs(pipeline)
-    elif kind == "control":  # a checkpoint of a ControlNet
-        return add_part(pipeline, Path(model, "controlnet"), "part", adapters)
-    elif kind == "part" and class_of(model) == "ControlNetModel":
-        controlnet = diffusers.ControlNetModel.from_pretrained(model)
-        return diffusers.AutoPipelineForText2Image.from_pipe(pipeline, controlnet=controlnet)
-    elif kind == "part":
-        pipeline.unet = type(pipeline.unet).from_pretrained(model)
-        return with_inputs(pipeline)
-    else:
-        raise ValueError(f"{model} is a whole model, and only the first one may be")
-    return pipeline
-
-
-def open_model(models, base, scales):
-    """Opens a model, or what it goes on, with the parts that go onto that; adapters at their scales, one or one each.
-
-    Returns the pipeline and the scale of each adapter by name, "adapters_0" and on. What is wrong is a ValueError, or
-    whatever diffusers raises.
-    """
-    kinds, adapters = [kind_of(model) for model in models], []
-    flags, parts = run_flags(models[0]), list(zip(models, kinds))
-    unet = models[0] if kinds[0] == "part" else Path(models[0], "unet")
-    if kinds[0] in ("pipeline", "file"):
-        pipeline = open_whole(models[0], {"single_file_config": base})
-        parts = parts[1:]
-    elif kinds[0] in ("part", "checkpoint") and class_of(unet) == "UNet2DModel":
-        pipeline = open_pixels(unet, base, flags)
-        parts = parts[1:]
-    else:
-        pipeline = open_base(base, flags)
-    for model, kind in parts:
-        pipeline = add_part(pipeline, model, kind, adapters)
-    scales = scales * len(adapters) if len(scales) == 1 else scales
-    if adapters and len(scales) != len(adapters):
-        raise ValueError(f"--lora_scale has {len(scales)} numbers, and there are {len(adapters)} adapters")
-    if adapters:
-        pipeline.set_adapters(adapters, scales)
-    if hasattr(pipeline, "watermark"):  # which a pipeline made of another one's parts may have
-        pipeline.watermark = None
-    return pipeline, dict(zip(adapters, scales))
+    if isinstance(pipeline, diffusers.StableDiffusionXLPipeline):
+        return diffusers.StableDiffusionXLInstructPix2PixPipeline.from_pipe(pipeline)
+    return diffusers.StableDiffusionInstructPix2PixPipeline.from_pipe(pipeline)
 
 
 # === End of results ===
 
 # === Programs: the same in generate.py and evaluate.py ===
 #
-# They ask nothing of the text above. They offer: start_processes, open_picture.
+# They ask nothing of the text above. They offer: start_processes, digest_of, open_picture, png_bytes.
 
 
 def start_processes():
@@ -791,13 +803,31 @@ def start_processes():
     return state
 
 
+def digest_of(models, settings):
+    """Returns a digest of models' weights, and of settings that change what they do, as text."""
+    digest = hashlib.blake2b(settings.encode(), digest_size=8)
+    for model in models:
+        for weight in model.state_dict().values():
+            digest.update(weight.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def open_picture(file):
     """Opens a picture as the training scripts do, with 8 bits a color."""
     try:
         picture = open_image(Path(file).read_bytes())
     except Exception as error:  # Pillow raises nearly anything over broken files
         raise SystemExit(f"{file} does not open as a picture: {error}")
-    return Image.fromarray(np.asarray(picture).round().astype(np.uint8)).convert("RGB")
+    if picture.mode == "F":  # grey of 16 bits, or of floats
+        picture = Image.fromarray(np.asarray(picture).round().astype(np.uint8))
+    return picture.convert("RGB")
+
+
+def png_bytes(image, **settings):
+    """Returns a picture as a PNG."""
+    data = io.BytesIO()
+    image.save(data, "PNG", **settings)
+    return data.getvalue()
 
 
 # === End of programs ===
@@ -817,11 +847,10 @@ def open_image(data):
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image, dtype=np.float32)
         lowest, highest = values.min(), values.max()
-        if not (0 <= lowest and highest <= (1 if image.mode == "F" else 65535)):  # which holds for no NaN either
-            raise ValueError(
-                f"its grey values go from {lowest:g} to {highest:g}, not 0 to 1 (floats) or 65535 (integers)"
-            )
-        unit = 1 / 255 if image.mode == "F" else 257
+        top = 1 if image.mode == "F" else 65535
+        if not (0 <= lowest and highest <= top):  # which holds for no NaN either
+            raise ValueError(f"its grey values go from {lowest:g} to {highest:g}, not from 0 to {top}")
+        unit = top / 255
         if image.mode == "I" and highest <= 255:  # 32 bits for values of 8
             unit = 1
         return Image.fromarray((values / unit).clip(0, 255))
@@ -857,8 +886,8 @@ def failure(what, folder, error):
     """Says what failed in which folder, and what is free there, as a full disk is the most frequent reason."""
     existing = next(path for path in Path(folder, "_").absolute().parents if path.exists())
     free = shutil.disk_usage(existing).free / 2**30
-    *_, reason = ["no reason is known", *str(error).strip().splitlines()]  # a loader puts a traceback before it
-    return f"{what} failed for {folder}, where {free:.2f} GiB are free: {reason}"
+    lines = str(error).strip().splitlines() or ["no reason is known"]
+    return f"{what} failed for {folder}, where {free:.2f} GiB are free: {lines[-1]}"  # behind a loader's traceback
 
 
 def is_launcher(pid):

@@ -374,7 +374,9 @@ def parse_args(argv):
     add_flags(parser)
     add_common_flags(parser)
     add_saving_flags(parser)
-    parser.set_defaults(**DEFAULTS)
+    for action in parser._actions:
+        if action.dest in DEFAULTS and action.default is not argparse.SUPPRESS:  # as that of another name is
+            action.default = DEFAULTS[action.dest]
     usual = {action.dest: action.default for action in parser._actions}
     args = read_flags(parser, argv, REFUSED, REPLACES)
     given = argparse.Namespace(**vars(args))
@@ -464,7 +466,7 @@ def is_writable(folder):
 
 
 def unrecognized(flag, flags):
-    """Says that a flag is none of those, and which of them may have been meant."""
+    """Returns the sentence that a flag is none of those, and which of them may have been meant."""
     close = difflib.get_close_matches(flag, flags, n=1)
     return f"unrecognized argument {flag}" + (f": did you mean {close[0]}?" if close else "")
 
@@ -478,7 +480,9 @@ def config_value(parser, action, node):
         on = yaml.SafeLoader.bool_values.get(str(node.value).lower()) if kind == "bool" else None
         if on is None:
             raise argparse.ArgumentError(action, "must be true or false")
-        return on if action.const is None else action.const if on else None
+        if action.const is None:  # an ordinary switch
+            return on
+        return action.const if on else None  # one that stands for a value
     several = action.nargs == "+"
     nodes = node.value if several and kind == "seq" else [node]
     if not nodes or not all(one.id == "scalar" and one.tag in SCALARS for one in nodes):
@@ -541,12 +545,17 @@ def read_flags(parser, argv, refused, replaces):
     known = parser._option_string_actions
     typed = {known[flag].dest for flag in known.keys() & words}
     config = read_config(parser, argv, refused)
-    for name in {replaces[name] for name in typed & replaces.keys()} - typed:
-        config.pop(name, None)
+    for name, other in replaces.items():
+        if name in typed and other not in typed:
+            config.pop(other, None)
+    parser.set_defaults(**config)
     given = typed | config.keys()
-    parser.set_defaults(**config, **dict.fromkeys({replaces[name] for name in given & replaces.keys()} - given))
+    for name, other in replaces.items():
+        if name in given and other not in given:
+            parser.set_defaults(**{other: None})
     for action in parser._actions:
-        action.required &= action.dest not in config
+        if action.dest in config:
+            action.required = False
     args, unknown = parser.parse_known_args(argv)
     if unknown and not unknown[0].startswith("--"):  # which may be a token
         parser.error("a word stands there that belongs to no flag: quote values that have blanks, and see to `=`")
@@ -3341,11 +3350,10 @@ def open_image(data):
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image, dtype=np.float32)
         lowest, highest = values.min(), values.max()
-        if not (0 <= lowest and highest <= (1 if image.mode == "F" else 65535)):  # which holds for no NaN either
-            raise ValueError(
-                f"its grey values go from {lowest:g} to {highest:g}, not 0 to 1 (floats) or 65535 (integers)"
-            )
-        unit = 1 / 255 if image.mode == "F" else 257
+        top = 1 if image.mode == "F" else 65535
+        if not (0 <= lowest and highest <= top):  # which holds for no NaN either
+            raise ValueError(f"its grey values go from {lowest:g} to {highest:g}, not from 0 to {top}")
+        unit = top / 255
         if image.mode == "I" and highest <= 255:  # 32 bits for values of 8
             unit = 1
         return Image.fromarray((values / unit).clip(0, 255))
@@ -3381,8 +3389,8 @@ def failure(what, folder, error):
     """Says what failed in which folder, and what is free there, as a full disk is the most frequent reason."""
     existing = next(path for path in Path(folder, "_").absolute().parents if path.exists())
     free = shutil.disk_usage(existing).free / 2**30
-    *_, reason = ["no reason is known", *str(error).strip().splitlines()]  # a loader puts a traceback before it
-    return f"{what} failed for {folder}, where {free:.2f} GiB are free: {reason}"
+    lines = str(error).strip().splitlines() or ["no reason is known"]
+    return f"{what} failed for {folder}, where {free:.2f} GiB are free: {lines[-1]}"  # behind a loader's traceback
 
 
 def is_launcher(pid):

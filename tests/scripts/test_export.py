@@ -202,7 +202,7 @@ def test_a_model_of_pixels(results, tmp_path):
     """A folder in another precision; there is no such file."""
     run(export, results / "pixels", tmp_path / "half", "--dtype", "fp16")
     assert isinstance(DDPMPipeline.from_pretrained(tmp_path / "half").unet, UNet2DModel)
-    with pytest.raises(SystemExit, match="a model of pixels has no such file: name a folder"):
+    with pytest.raises(SystemExit, match="an unconditional model has no such file: name a folder"):
         run(export, results / "pixels", tmp_path / "half.safetensors")
 
 
@@ -292,7 +292,7 @@ def test_the_files_of_a_merged_model_are_the_bases(results, tiny_model, tmp_path
         ("whole", "folder --use_ema", "--use_ema is for a checkpoint"),
         ("whole", "folder --merge_lora", "--merge_lora and --lora_scale are for adapters"),
         ("config", "folder", "cannot be exported: "),
-        ("control", "folder", "it is a StableDiffusionControlNetPipeline, and StableDiffusionPipeline, "),
+        ("control", "folder", "it is a StableDiffusionControlNetPipeline, and only StableDiffusionPipeline, "),
         ("nowhere", "folder", "nowhere cannot be exported: "),
     ],
 )

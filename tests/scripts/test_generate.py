@@ -395,7 +395,7 @@ def test_prompts_of_odd_lines(tmp_path):
         ("--seed 1", "draws from prompts: give --prompt or --prompts"),
         ("--prompts none.txt", "none.txt cannot be read: .*No such file"),
         ("--prompts empty.txt", "empty.txt holds no prompt"),
-        ("--prompts a.odt", "a.odt has another ending than .txt, .jsonl"),
+        ("--prompts a.odt", "a.odt is none of .txt, .jsonl"),
         ("--prompts a.jsonl", "a.jsonl: row 1 has no text in a column prompt or text"),
         ("--prompts list.jsonl", "list.jsonl: row 1 has no text in a column prompt or text"),
         ("--prompts torn.jsonl", "torn.jsonl cannot be read: Expecting value"),
