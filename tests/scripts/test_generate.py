@@ -155,6 +155,17 @@ def test_compare_draws_from_the_same_noise(draw, tiny_model, tiny_v_model, tmp_p
     assert files_in(draw("same", "--prompt", *PROMPTS) / "pictures") == files_in(out / "pictures")
 
 
+def test_tiles(draw):
+    """Pictures that are decoded in parts differ little, and are not mixed with others."""
+    large = ("--prompt", "a red circle", "--height", 96, "--width", 96)
+    whole, tiled = (
+        pixels(draw(name, *large, *more) / "pictures") for name, more in (("a", ()), ("b", ("--vae_tiling",)))
+    )
+    assert 0 < abs(whole["00000-0.png"] - tiled["00000-0.png"]).mean() < 8
+    with pytest.raises(SystemExit, match="was drawn with another vae_tiling"):
+        draw("b", *large)
+
+
 def test_settings_are_in_the_picture(draw, tmp_path):
     """As A1111 writes them, and in metadata.jsonl, which the training scripts read as captions."""
     out = draw("out", "--prompt", "a red circle", "--negative_prompt", "blue", "--seed", 5, "--guidance_scale", 3)
