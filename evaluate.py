@@ -77,10 +77,11 @@ def parse_args(argv):
     """Parses the command line, and lists the pictures as args.folders; what is wrong is said before CLIP is loaded."""
     parser = Parser(__doc__.split("\n\n    accelerate")[0])
     add = parser.add_argument
-    add("--images", required=True, help="folder of the pictures")
-    add("--compare", help="folder of other pictures of the same names, prompts and seeds")
-    add("--reference", help="folder of pictures to be like; captions are not read")
-    add("--originals", help="folder of what the pictures were made from, with the same names, and captions of its own")
+    add("--images", type=path_name, required=True, help="folder of the pictures")
+    add("--compare", type=path_name, help="folder of other pictures of the same names, prompts and seeds")
+    add("--reference", type=path_name, help="folder of pictures to be like; captions are not read")
+    originals = "folder of what the pictures were made from, with the same names, and captions of its own"
+    add("--originals", type=path_name, help=originals)
     add("--metrics", nargs="+", choices=[*NEEDS], default=["clip_score"], metavar="METRIC", help=", ".join(NEEDS))
     add("--clip_model", default="openai/clip-vit-large-patch14", help="folder or Hub id of a CLIP of transformers")
     add("--caption_column", default="text", help="column of the metadata that holds the captions")
@@ -112,30 +113,32 @@ def parse_args(argv):
 
 def read_folder(args, flag, folder):
     """Returns the pictures of a folder by their names: the file, its caption and seed, which are None if not told."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise SystemExit(f"--{flag} {folder} is not a folder.")
     captioned = flag in ("images", "originals") and CAPTIONED & {*args.metrics}
     metadata = read_metadata(folder)
     pictures = {}
     for file in sorted(folder.iterdir()):
-        if file.suffix.lower() not in SUFFIXES or file.name.startswith("."):
+        if file.suffix.lower() not in SUFFIXES or file.name.startswith(".") or file.is_dir():
             continue
         row = metadata.get(file.name, {})
         caption, beside = row.get(args.caption_column), file.with_suffix(".txt")
-        if caption is None and beside.is_file():
-            try:
+        try:
+            digest = hashlib.blake2b(file.read_bytes()).hexdigest()
+            if caption is None and beside.is_file():
                 caption = beside.read_text(encoding="utf-8-sig").strip()
-            except ValueError as error:
-                raise SystemExit(f"{beside} is no text in UTF-8: {error}")
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"{file}, or the text beside it, cannot be read: {error}")
         if file.stem in pictures:
             raise SystemExit(f"--{flag} {folder} has two pictures named {file.stem}: rename one.")
         if captioned and not (caption and isinstance(caption, str)):
             way_out = "give a metadata.jsonl with a column text, or name the column by --caption_column"
             raise SystemExit(f"--metrics {' '.join(args.metrics)} takes captions, and {file} has none: {way_out}.")
-        pictures[file.stem] = {"file": file, "caption": caption, "seed": row.get("seed")}
+        pictures[file.stem] = {"file": file, "digest": digest, "caption": caption, "seed": row.get("seed")}
     for metric in args.metrics:
         check_count(flag, pictures, metric, LEAST.get(metric, 2))
-    return pictures
+    # Not by their names, so that these change no interval.
+    return dict(sorted(pictures.items(), key=lambda item: item[1]["digest"]))
 
 
 def read_metadata(folder):
@@ -148,7 +151,7 @@ def read_metadata(folder):
         elif (folder / "metadata.csv").is_file():
             rows = csv.DictReader(io.StringIO((folder / "metadata.csv").read_text(encoding="utf-8-sig")))
         return {row["file_name"]: row for row in rows}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # nearly anything, from a missing column to a field that is too long
         raise SystemExit(f"The metadata of {folder} cannot be read: {type(error).__name__}: {error}")
 
 
@@ -163,9 +166,11 @@ def paired(images, others, flag):
     """Returns a folder's pictures in the order of --images; refuses those of other names, prompts or seeds."""
     if alone := images.keys() ^ others.keys():
         raise SystemExit(f"--images and --{flag} take pictures of the same names, and one has no {min(alone)}.")
-    for name in images:
-        if flag == "compare" and any(others[name][key] != images[name][key] for key in ("caption", "seed")):
-            raise SystemExit(f"{others[name]['file']} has another prompt or seed than {images[name]['file']}.")
+    for name, picture in images.items():
+        for key in ("caption", "seed"):
+            if flag == "compare" and str(others[name][key]) != str(picture[key]):
+                sentence = f"{others[name]['file']} has another {key} than {picture['file']}"
+                raise SystemExit(f"{sentence}: {others[name][key]!r}, not {picture[key]!r}.")
     return {name: others[name] for name in images}
 
 
@@ -207,6 +212,7 @@ positive_float = functools.partial(bounded, kind=float, low=1e-6)
 non_negative = functools.partial(bounded, kind=float, low=0.0)
 fraction = functools.partial(bounded, kind=float, low=0.0, high=1.0)
 below_one = functools.partial(bounded, kind=float, low=0.0, high=0.999999)
+real_number = functools.partial(bounded, kind=float, low=-sys.float_info.max)
 seed_number = functools.partial(bounded, kind=int, low=0, high=2**64 - 1)
 switch = {"action": argparse.BooleanOptionalAction, "default": False}
 SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "timestamp")}
@@ -355,7 +361,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from diffusers.utils import make_image_grid
 from filelock import Timeout
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tqdm import tqdm
@@ -450,23 +456,29 @@ QUANTILES = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.2
 QUANTILES += [2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093]
 
 
-def intervals(statistics, *counts):
+def student_quantile(freedom):
+    """Returns the 97.5 % quantile of Student's t, above 19 degrees of freedom to 0.001, by its expansion in 1 / n."""
+    if freedom <= len(QUANTILES):
+        return QUANTILES[freedom - 1]
+    z = 1.959964  # the normal distribution's; Abramowitz and Stegun 1972, eq. 26.7.5
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
+def intervals(statistics, most, *counts):
     """Returns statistics of samples of so many rows, each with the ends of its 95 % interval.
 
     statistics takes the numbers of the rows to count, a tensor for each sample, and returns a list of numbers. The
-    jackknife leaves out each of up to 20 groups of rows (Efron and Tibshirani 1993, chapter 11). Of a mean, that is
-    Student's interval.
+    jackknife leaves out each row, or of many rows each of so many groups, most (Efron and Tibshirani 1993, chapter
+    11). If each row is left out, the interval of a mean is Student's.
     """
     all_rows = [torch.arange(count) for count in counts]
     values = np.array(statistics(*all_rows))
     variances = np.zeros_like(values)
     for i, rows in enumerate(all_rows):
-        groups = min(len(rows), 20)
-        group = torch.from_numpy(np.random.default_rng(0).permutation(len(rows)) % groups)
-        without = [statistics(*all_rows[:i], rows[group != g], *all_rows[i + 1 :]) for g in range(groups)]
+        groups = min(len(rows), most)
+        without = [statistics(*all_rows[:i], rows[rows % groups != g], *all_rows[i + 1 :]) for g in range(groups)]
         variances += (groups - 1) * np.var(without, axis=0)
-    freedom = min(20, *counts) - 1
-    reaches = QUANTILES[freedom - 1] * np.sqrt(variances)
+    reaches = student_quantile(min(most, *counts) - 1) * np.sqrt(variances)
     return [{"value": v, "low": v - r, "high": v + r} for v, r in zip(values.tolist(), reaches.tolist())]
 
 
@@ -483,7 +495,8 @@ def measure(args, features):
             values = [values_of(metric, features, flag, *rows).mean().item() for flag in columns[:2]]
             return [*values, values[1] - values[0]] if args.compare else values
 
-        results[metric] = dict(zip(columns, intervals(figures, *counts)))
+        most = 200 if metric in OF_EACH else 20  # as distances take their time
+        results[metric] = dict(zip(columns, intervals(figures, most, *counts)))
     return results
 
 
@@ -534,34 +547,45 @@ def load_inception(device):
 def encode(args, state, stop, encoder, of_pictures, flag):
     """Returns on rank 0 the features of a folder's pictures, (n, d): those kept by the encoder's digest, and new ones.
 
-    A signal ends all ranks, once what they have is kept.
+    A signal, or a picture that does not open, ends all ranks, once what they have is kept.
     """
     kept_in = features_file(args, encoder, flag)
     kept = {}
     with contextlib.suppress(OSError, SafetensorError):  # there is none yet, or it is torn
         kept = load_file(kept_in)
-    files = [picture["file"] for picture in args.folders[flag].values()]
-    digests = [hashlib.blake2b(file.read_bytes()).hexdigest() for file in files]
-    file_of = dict(zip(digests, files))
+    file_of = {picture["digest"]: picture["file"] for picture in args.folders[flag].values()}
     # Rank 0 says what is missing, as machines may have kept different features.
     missing = broadcast_object_list([[digest for digest in file_of if digest not in kept]])[0]
     mine = missing[state.process_index :: state.num_processes]
     batches = [mine[first : first + args.batch_size] for first in range(0, len(mine), args.batch_size)]
     new = {}
+    problem = None
     for batch in tqdm(batches, f"features of --{flag}", disable=not state.is_main_process):
-        features = of_pictures([open_picture(file_of[digest]) for digest in batch])
+        try:
+            features = of_pictures([open_picture(file_of[digest]) for digest in batch])
+        except SystemExit as error:  # of a picture that does not open
+            problem = error.code
+            break
         new |= {digest: row.clone() for digest, row in zip(batch, features)}  # no views, which cannot be saved
         if stop.signum:
             break
-    for part in gather_object([new]):
+    problems = []
+    for part, sentence in gather_object([(new, problem)]):
         kept |= part
+        problems += [sentence] if sentence else []
     if state.is_main_process:
         try:
             replace_file(kept_in, save({digest: kept[digest] for digest in file_of if digest in kept}))
         except OSError as error:
             print(f"Features are not kept, as {kept_in} cannot be written: {error}")
+    if problems:
+        raise SystemExit(problems[0] if state.is_main_process else 1)
+    if state.is_main_process and stop.signum:
+        name = signal.Signals(stop.signum).name
+        print(f"Stopped by {name}. The same command does not encode again what it has.", file=sys.stderr)
     stop.exit_if_asked()
-    return torch.stack([kept[digest] for digest in digests]).double() if state.is_main_process else None
+    if state.is_main_process:
+        return torch.stack([kept[picture["digest"]] for picture in args.folders[flag].values()]).double()
 
 
 def features_file(args, encoder, flag):
@@ -623,7 +647,7 @@ def picture_rows(args, features):
         for number, picture in enumerate(args.folders[flag].values()):
             row = {"folder": flag, "file": str(picture["file"]), "caption": picture["caption"]}
             rows.append(row | {metric: values[number] for metric, values in metrics.items()})
-    return rows
+    return sorted(rows, key=lambda row: (row["folder"] == "compare", row["file"]))
 
 
 def write_results(args, results, rows):
@@ -695,7 +719,9 @@ def open_picture(file):
     """Opens a picture as the training scripts do, with 8 bits a color."""
     try:
         picture = open_image(Path(file).read_bytes())
-    except Exception as error:  # Pillow raises nearly anything over broken files
+    except UnidentifiedImageError:
+        raise SystemExit(f"{file} does not open as a picture: Pillow knows no such format.")
+    except Exception as error:  # nearly anything, over broken files
         raise SystemExit(f"{file} does not open as a picture: {error}")
     if picture.mode == "F":  # grey of 16 bits, or of floats
         picture = Image.fromarray(np.asarray(picture).round().astype(np.uint8))

@@ -56,14 +56,14 @@ def parse_args(argv):
     add("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="precision of the weights that are written")
     add("--use_ema", **switch, help="of a checkpoint, take the average of the weights, unet_ema/")
     add("--merge_lora", **switch, help="add adapters to the weights of their base, and write that")
-    add("--lora_scale", type=float, default=1.0, help="strength of adapters")
+    add("--lora_scale", type=real_number, default=1.0, help="strength of adapters")
     args = read_flags(parser, argv, refused={}, replaces={})
     output = Path(args.output)
-    if output.exists():
+    if os.path.lexists(args.output):
         parser.error(f"{output} is there already: name another output, or take that away")
     if not output.absolute().parent.is_dir():
         parser.error(f"there is no folder {output.absolute().parent}")
-    if output.suffix in (".ckpt", ".pt", ".bin"):
+    if output.suffix.lower() in (".ckpt", ".pt", ".bin"):
         parser.error("such files are pickles, which can run code: take .safetensors, which the same programs read")
     return args
 
@@ -106,6 +106,7 @@ positive_float = functools.partial(bounded, kind=float, low=1e-6)
 non_negative = functools.partial(bounded, kind=float, low=0.0)
 fraction = functools.partial(bounded, kind=float, low=0.0, high=1.0)
 below_one = functools.partial(bounded, kind=float, low=0.0, high=0.999999)
+real_number = functools.partial(bounded, kind=float, low=-sys.float_info.max)
 seed_number = functools.partial(bounded, kind=int, low=0, high=2**64 - 1)
 switch = {"action": argparse.BooleanOptionalAction, "default": False}
 SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "timestamp")}
@@ -252,7 +253,7 @@ import torch
 import transformers
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -392,9 +393,10 @@ def write_folder(pipeline, output):
 
 
 def megabytes(path):
-    """Returns the size of a file, or of the safetensors files of a folder but for its checkpoints, in MB."""
+    """Returns the size of a file, or of a folder's safetensors files without checkpoints and kohya's copies, in MB."""
     files = Path(path).rglob("*.safetensors") if Path(path).is_dir() else [Path(path)]
-    return sum(file.stat().st_size for file in files if "checkpoint-" not in str(file.relative_to(path))) / 1e6
+    files = [file for file in files if not re.search(r"checkpoint-|_kohya\.", str(file.relative_to(path)))]
+    return sum(file.stat().st_size for file in files) / 1e6
 
 
 def check_kind(args, kind):
@@ -439,7 +441,8 @@ def main(args):
     pipeline.to({"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype])
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module) and not all(w.isfinite().all() for w in part.state_dict().values()):
-            raise SystemExit(f"The weights of {name} are not finite in {args.dtype}: take bf16 or fp32.")
+            reason = "they overflow: take bf16 or fp32" if args.dtype == "fp16" else "the training diverged"
+            raise SystemExit(f"The weights of {name} are not finite in {args.dtype}, as {reason}.")
     flags = run_flags(result)
     try:
         if adapter:
@@ -449,7 +452,7 @@ def main(args):
             write_file(single_file_weights(pipeline), file_metadata(args, pipeline, flags), output)
         else:
             write_folder(pipeline, output)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # such as a full disk
         raise SystemExit(f"{output} cannot be written: {error}")
     before = f"{megabytes(result):.1f} MB, became " if Path(result).exists() else ""
     print(f"{result}, {before}{output}, {megabytes(output):.1f} MB in {args.dtype}.")
@@ -604,6 +607,7 @@ def open_model(models, base, scales):
     else:
         pipeline = open_base(base, flags)
     adapters = []
+    parts.sort(key=lambda part: part[1] in ("adapters", "word"))  # last, as they go with the models that they change
     for model, kind in parts:
         if kind == "adapters":
             adapters.append(f"adapters_{len(adapters)}")
@@ -636,8 +640,11 @@ def kind_of(model):
         raise ValueError("there is no such folder or file, and a Hub id has no more than two parts")
     try:
         names = os.listdir(path) if path.is_dir() else [name.split("/")[0] for name in HfApi().list_repo_files(model)]
-    except Exception:  # without a network, the cache may have it
-        names = os.listdir(snapshot_download(model, local_files_only=True))
+    except Exception as error:
+        try:
+            names = os.listdir(snapshot_download(model, local_files_only=True))  # which needs no network
+        except Exception:
+            raise ValueError(f"there is no such folder or file, and as a Hub id: {error}")
     for name, kind in KINDS.items():
         if name in names:
             return kind
@@ -650,7 +657,7 @@ def run_flags(model):
     folders = (path, *path.absolute().parents[:2]) if path.exists() else ()  # a checkpoint's unet stands deeper
     for folder in folders:
         if (folder / "train_args.yaml").is_file():
-            return yaml.safe_load((folder / "train_args.yaml").read_text())
+            return yaml.safe_load((folder / "train_args.yaml").read_text(encoding="utf-8")) or {}
     try:
         card = ModelCard.load(path / "README.md" if path.is_dir() else model)
     except Exception:  # there is none
@@ -665,8 +672,10 @@ def open_whole(model, flags):
     chosen = {"revision": flags.get("revision"), **UNCHECKED}
     try:
         return diffusers.DiffusionPipeline.from_pretrained(model, variant=flags.get("variant"), **chosen)
-    except OSError:
-        return diffusers.DiffusionPipeline.from_pretrained(model, variant="fp16", **chosen)
+    except OSError as error:
+        with contextlib.suppress(OSError, ValueError):
+            return diffusers.DiffusionPipeline.from_pretrained(model, variant="fp16", **chosen)
+        raise error
 
 
 def open_file(model, config):
@@ -730,8 +739,8 @@ def open_unconditional(unet, base, flags):
 
 
 def class_of(model):
-    """Returns the name of the class of a UNet or a ControlNet."""
-    return diffusers.AutoModel.load_config(model)["_class_name"]
+    """Returns the name of the class of a model of diffusers, or None of another one."""
+    return diffusers.AutoModel.load_config(model).get("_class_name")
 
 
 def add_word(pipeline, model):
@@ -756,18 +765,22 @@ def add_word(pipeline, model):
 
 def with_part(pipeline, model, kind):
     """Returns a pipeline with trained models in the place of its own, or with a ControlNet."""
-    if kind == "checkpoint":
-        for name in {"unet", "text_encoder", "text_encoder_2"} & {*os.listdir(model)}:
-            setattr(pipeline, name, type(getattr(pipeline, name)).from_pretrained(Path(model, name)))
-        return with_inputs(pipeline)
-    if kind == "checkpoint of a ControlNet":
-        model, kind = Path(model, "controlnet"), "model"
-    if kind != "model":
+    if kind in ("pipeline", "file"):
         raise ValueError(f"{model} is a whole model, and only the first one may be")
-    if class_of(model) == "ControlNetModel":
-        controlnet = diffusers.ControlNetModel.from_pretrained(model)
+    place = model
+    if kind == "checkpoint":
+        place = Path(model, "unet")
+    if kind == "checkpoint of a ControlNet":
+        place = Path(model, "controlnet")
+    if class_of(place) == "ControlNetModel":
+        controlnet = diffusers.ControlNetModel.from_pretrained(place)
         return diffusers.AutoPipelineForText2Image.from_pipe(pipeline, controlnet=controlnet)
-    pipeline.unet = type(pipeline.unet).from_pretrained(model)
+    if class_of(place) != type(pipeline.unet).__name__:
+        raise ValueError(f"{place} is a {class_of(place)}, and no {type(pipeline.unet).__name__}")
+    pipeline.unet = type(pipeline.unet).from_pretrained(place)
+    if kind == "checkpoint":
+        for name in {"text_encoder", "text_encoder_2"} & {*os.listdir(model)}:
+            setattr(pipeline, name, type(getattr(pipeline, name)).from_pretrained(Path(model, name)))
     return with_inputs(pipeline)
 
 

@@ -65,7 +65,7 @@ def parse_args(argv):
     add("--model", nargs="+", required=True, help="what to draw with; adapters and words after it go onto it")
     add("--base", help="what adapters, a word or a UNet go on, if the run does not say; of a single file, its configs")
     add("--compare", nargs="+", help="a second model, which draws the same from the same noise")
-    add("--lora_scale", type=float, nargs="+", default=[1.0], help="strength of the adapters: one, or one for each")
+    add("--lora_scale", type=real_number, nargs="+", default=[1.0], help="strength of adapters: one, or one for each")
     add("--prompt", nargs="+", help="prompts, if the model takes any")
     add("--prompts", help="a .txt with a prompt a line, or .jsonl, .csv, .parquet with columns " + ", ".join(COLUMNS))
     add("--negative_prompt", help="what not to draw")
@@ -83,7 +83,7 @@ def parse_args(argv):
     add("--vae_tiling", **switch, help="decode large pictures in parts, which takes less memory")
     add("--torch_compile", **switch, help="compile the UNet's blocks, for hundreds of pictures")
     add("--output_dir", type=path_name, default="generated", help="folder of what is drawn")
-    args = read_flags(parser, argv, refused={}, replaces={})
+    args = read_flags(parser, argv, refused={}, replaces={"prompt": "prompts", "prompts": "prompt"})
     if args.prompt and args.prompts:
         parser.error("give --prompt or --prompts, not both")
     if not is_writable(args.output_dir):
@@ -104,7 +104,7 @@ def read_rows(path):
         return list(csv.DictReader(io.StringIO(text), strict=True))
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if path.suffix == ".jsonl":
-        return [dict(json.loads(line)) for line in lines]
+        return [json.loads(line) for line in lines]
     return [{"prompt": line} for line in lines]
 
 
@@ -120,19 +120,26 @@ def read_prompts(file):
         raise SystemExit(f"--prompts {file} cannot be read: {error}")
     if not rows:
         raise SystemExit(f"--prompts {file} holds no prompt.")
-    if others := {str(name) for row in rows for name in row} - {*COLUMNS}:
-        print(f"--prompts {file}: columns that are not read: {', '.join(sorted(others))}", file=sys.stderr)
-    rows = [{name: row[name] for name in COLUMNS if row.get(name) not in (None, "")} for row in rows]
+    known = []
+    others = set()
     for number, row in enumerate(rows, 1):
-        row.setdefault("prompt", row.get("text"))
-        if not isinstance(row["prompt"], str):
-            raise SystemExit(f"--prompts {file}: row {number} has no text in a column prompt or text.")
-        for name in kinds.keys() & row.keys():
+        if not isinstance(row, dict) or not (row.get("prompt") or row.get("text")):
+            raise SystemExit(f"--prompts {file}: row {number} has no column prompt or text, or nothing in it.")
+        others |= {str(name) for name in row} - {*COLUMNS}
+        row["prompt"] = row.get("prompt") or row["text"]
+        row = {name: row[name] for name in COLUMNS if row.get(name) not in (None, "")}
+        for name in row:
             try:
-                row[name] = kinds[name](row[name])
+                if name in kinds:
+                    row[name] = kinds[name](str(row[name]).removesuffix(".0"))  # as tables have whole numbers
+                else:
+                    row[name] = text_of(row[name])
             except (argparse.ArgumentTypeError, TypeError) as error:
                 raise SystemExit(f"--prompts {file}: {name} of row {number} {error}.")
-    return rows
+        known.append(row)
+    if others:
+        print(f"--prompts {file}: columns that are not read: {', '.join(sorted(others))}", file=sys.stderr)
+    return known
 
 
 def make_jobs(args, rows):
@@ -144,7 +151,7 @@ def make_jobs(args, rows):
     numbers = collections.Counter()
     for place, row in enumerate(rows):
         settings = {name: row.get(name, getattr(args, name)) for name in ("negative_prompt", "image", *NUMBERS)}
-        if settings["image"] and not Path(settings["image"]).is_file():
+        if settings["image"] and not os.path.isfile(settings["image"]):
             raise SystemExit(f"There is no picture {settings['image']}.")
         for copy in range(args.num_images_per_prompt):
             job = {"file_name": f"{place:05d}-{copy}.png", "prompt": row["prompt"], **settings}
@@ -192,6 +199,7 @@ positive_float = functools.partial(bounded, kind=float, low=1e-6)
 non_negative = functools.partial(bounded, kind=float, low=0.0)
 fraction = functools.partial(bounded, kind=float, low=0.0, high=1.0)
 below_one = functools.partial(bounded, kind=float, low=0.0, high=0.999999)
+real_number = functools.partial(bounded, kind=float, low=-sys.float_info.max)
 seed_number = functools.partial(bounded, kind=int, low=0, high=2**64 - 1)
 switch = {"action": argparse.BooleanOptionalAction, "default": False}
 SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "timestamp")}
@@ -341,7 +349,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, ModelCard, snapshot_download
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from safetensors import safe_open
 from tqdm import tqdm
@@ -353,7 +361,10 @@ from tqdm import tqdm
 def prepare(args, pipeline, device):
     """Moves a pipeline to the device, and returns the settings that each of its pictures records."""
     if args.scheduler:
-        pipeline.scheduler = getattr(diffusers, args.scheduler).from_config(pipeline.scheduler.config)
+        sampler = getattr(diffusers, args.scheduler, None)
+        if not (isinstance(sampler, type) and issubclass(sampler, diffusers.SchedulerMixin)):
+            raise SystemExit(f"--scheduler {args.scheduler} is none of diffusers' schedulers.")
+        pipeline.scheduler = sampler.from_config(pipeline.scheduler.config)
     unconditional = isinstance(pipeline, diffusers.DDPMPipeline)  # whose noise has the precision of its UNet
     dtype = args.dtype or ("fp16" if device.type == "cuda" and not unconditional else "fp32")
     if unconditional and dtype != "fp32":
@@ -426,7 +437,10 @@ def draw(pipeline, jobs):
     except ValueError as error:  # such as a size that the model cannot draw
         raise SystemExit(f"{first['file_name']} cannot be drawn: {error}")
     if not np.isfinite(images).all():
-        raise SystemExit("The pictures are not finite, as half precision overflows: give --dtype fp32 or bf16.")
+        reason = "its weights are not finite, or the guidance is too strong"
+        if pipeline.dtype == torch.float16:
+            reason = "half precision overflows: give --dtype fp32 or bf16"
+        raise SystemExit(f"{first['file_name']} is not finite, as {reason}.")
     return pipeline.numpy_to_pil(images)
 
 
@@ -453,8 +467,11 @@ def missing_jobs(folder, jobs, settings):
             missing.append(job)
             continue
         wanted = job | settings
-        with Image.open(file) as image:
-            drawn = json.loads(image.info.get("settings", "{}"))
+        try:
+            with Image.open(file) as image:
+                drawn = dict(json.loads(image.info["settings"]))
+        except Exception:  # Pillow raises nearly anything
+            raise SystemExit(f"{file} is none of this program's pictures: take another --output_dir.")
         if changed := [name for name in wanted if drawn.get(name) != wanted[name]]:
             raise SystemExit(f"{file} was drawn with another {', another '.join(changed)}: take another --output_dir.")
     return missing
@@ -491,6 +508,7 @@ def draw_missing(args, state, models, folder, stop):
     try:
         pipeline, _ = open_model(models, args.base, args.lora_scale)
         settings = prepare(args, pipeline, state.device)
+        resolution = run_flags(models[0]).get("resolution")
     except Exception as error:  # diffusers raises nearly anything over files that it cannot use
         raise SystemExit(f"{' '.join(models)} cannot be loaded: {error}")
     parameters = inspect.signature(pipeline.__call__).parameters
@@ -498,7 +516,7 @@ def draw_missing(args, state, models, folder, stop):
         raise SystemExit(f"{' '.join(models)} draws from prompts: give --prompt or --prompts.")
     if "image" in parameters and not all(job["image"] for job in args.jobs):
         raise SystemExit(f"{' '.join(models)} draws from pictures: give --image, or --prompts with a column image.")
-    fill_in(args.jobs, pipeline, run_flags(models[0]).get("resolution"))
+    fill_in(args.jobs, pipeline, resolution)
     end_if_asked(state, stop)  # as the model was loaded
     # Rank 0 alone looks, before any draws: others would find what has been drawn since.
     missing = broadcast_object_list([missing_jobs(folder, args.jobs, settings) if state.is_main_process else None])[0]
@@ -514,9 +532,13 @@ def draw_missing(args, state, models, folder, stop):
 
 
 def write_metadata(folder, jobs):
-    """Writes a row for each picture: its file, its prompt as "text", and what it was drawn with."""
-    lines = [json.dumps({"text": job["prompt"]} | job, ensure_ascii=False) + "\n" for job in jobs]
-    replace_file(folder / "metadata.jsonl", "".join(lines).encode())
+    """Writes a row for each picture, also for those of earlier jobs: its file, its prompt as "text", its settings."""
+    file = folder / "metadata.jsonl"
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
+    rows = {row["file_name"]: row for row in map(json.loads, lines) if (folder / row["file_name"]).exists()}
+    rows |= {job["file_name"]: {"text": job["prompt"]} | job for job in jobs}
+    lines = [json.dumps(rows[name], ensure_ascii=False) + "\n" for name in sorted(rows)]
+    replace_file(file, "".join(lines).encode())
 
 
 def write_grid(folders, jobs, file):
@@ -612,6 +634,7 @@ def open_model(models, base, scales):
     else:
         pipeline = open_base(base, flags)
     adapters = []
+    parts.sort(key=lambda part: part[1] in ("adapters", "word"))  # last, as they go with the models that they change
     for model, kind in parts:
         if kind == "adapters":
             adapters.append(f"adapters_{len(adapters)}")
@@ -644,8 +667,11 @@ def kind_of(model):
         raise ValueError("there is no such folder or file, and a Hub id has no more than two parts")
     try:
         names = os.listdir(path) if path.is_dir() else [name.split("/")[0] for name in HfApi().list_repo_files(model)]
-    except Exception:  # without a network, the cache may have it
-        names = os.listdir(snapshot_download(model, local_files_only=True))
+    except Exception as error:
+        try:
+            names = os.listdir(snapshot_download(model, local_files_only=True))  # which needs no network
+        except Exception:
+            raise ValueError(f"there is no such folder or file, and as a Hub id: {error}")
     for name, kind in KINDS.items():
         if name in names:
             return kind
@@ -658,7 +684,7 @@ def run_flags(model):
     folders = (path, *path.absolute().parents[:2]) if path.exists() else ()  # a checkpoint's unet stands deeper
     for folder in folders:
         if (folder / "train_args.yaml").is_file():
-            return yaml.safe_load((folder / "train_args.yaml").read_text())
+            return yaml.safe_load((folder / "train_args.yaml").read_text(encoding="utf-8")) or {}
     try:
         card = ModelCard.load(path / "README.md" if path.is_dir() else model)
     except Exception:  # there is none
@@ -673,8 +699,10 @@ def open_whole(model, flags):
     chosen = {"revision": flags.get("revision"), **UNCHECKED}
     try:
         return diffusers.DiffusionPipeline.from_pretrained(model, variant=flags.get("variant"), **chosen)
-    except OSError:
-        return diffusers.DiffusionPipeline.from_pretrained(model, variant="fp16", **chosen)
+    except OSError as error:
+        with contextlib.suppress(OSError, ValueError):
+            return diffusers.DiffusionPipeline.from_pretrained(model, variant="fp16", **chosen)
+        raise error
 
 
 def open_file(model, config):
@@ -738,8 +766,8 @@ def open_unconditional(unet, base, flags):
 
 
 def class_of(model):
-    """Returns the name of the class of a UNet or a ControlNet."""
-    return diffusers.AutoModel.load_config(model)["_class_name"]
+    """Returns the name of the class of a model of diffusers, or None of another one."""
+    return diffusers.AutoModel.load_config(model).get("_class_name")
 
 
 def add_word(pipeline, model):
@@ -764,18 +792,22 @@ def add_word(pipeline, model):
 
 def with_part(pipeline, model, kind):
     """Returns a pipeline with trained models in the place of its own, or with a ControlNet."""
-    if kind == "checkpoint":
-        for name in {"unet", "text_encoder", "text_encoder_2"} & {*os.listdir(model)}:
-            setattr(pipeline, name, type(getattr(pipeline, name)).from_pretrained(Path(model, name)))
-        return with_inputs(pipeline)
-    if kind == "checkpoint of a ControlNet":
-        model, kind = Path(model, "controlnet"), "model"
-    if kind != "model":
+    if kind in ("pipeline", "file"):
         raise ValueError(f"{model} is a whole model, and only the first one may be")
-    if class_of(model) == "ControlNetModel":
-        controlnet = diffusers.ControlNetModel.from_pretrained(model)
+    place = model
+    if kind == "checkpoint":
+        place = Path(model, "unet")
+    if kind == "checkpoint of a ControlNet":
+        place = Path(model, "controlnet")
+    if class_of(place) == "ControlNetModel":
+        controlnet = diffusers.ControlNetModel.from_pretrained(place)
         return diffusers.AutoPipelineForText2Image.from_pipe(pipeline, controlnet=controlnet)
-    pipeline.unet = type(pipeline.unet).from_pretrained(model)
+    if class_of(place) != type(pipeline.unet).__name__:
+        raise ValueError(f"{place} is a {class_of(place)}, and no {type(pipeline.unet).__name__}")
+    pipeline.unet = type(pipeline.unet).from_pretrained(place)
+    if kind == "checkpoint":
+        for name in {"text_encoder", "text_encoder_2"} & {*os.listdir(model)}:
+            setattr(pipeline, name, type(getattr(pipeline, name)).from_pretrained(Path(model, name)))
     return with_inputs(pipeline)
 
 
@@ -816,7 +848,9 @@ def open_picture(file):
     """Opens a picture as the training scripts do, with 8 bits a color."""
     try:
         picture = open_image(Path(file).read_bytes())
-    except Exception as error:  # Pillow raises nearly anything over broken files
+    except UnidentifiedImageError:
+        raise SystemExit(f"{file} does not open as a picture: Pillow knows no such format.")
+    except Exception as error:  # nearly anything, over broken files
         raise SystemExit(f"{file} does not open as a picture: {error}")
     if picture.mode == "F":  # grey of 16 bits, or of floats
         picture = Image.fromarray(np.asarray(picture).round().astype(np.uint8))

@@ -510,6 +510,7 @@ positive_float = functools.partial(bounded, kind=float, low=1e-6)
 non_negative = functools.partial(bounded, kind=float, low=0.0)
 fraction = functools.partial(bounded, kind=float, low=0.0, high=1.0)
 below_one = functools.partial(bounded, kind=float, low=0.0, high=0.999999)
+real_number = functools.partial(bounded, kind=float, low=-sys.float_info.max)
 seed_number = functools.partial(bounded, kind=int, low=0, high=2**64 - 1)
 switch = {"action": argparse.BooleanOptionalAction, "default": False}
 SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "timestamp")}

@@ -134,27 +134,28 @@ def test_cmmd_by_hand():
 
 
 def interval(statistic, *counts):
-    """The interval of one number."""
-    (found,) = evaluate.intervals(lambda *rows: [float(statistic(*rows))], *counts)
+    """The interval of one number, as of a metric of single pictures."""
+    (found,) = evaluate.intervals(lambda *rows: [float(statistic(*rows))], 200, *counts)
     return found
 
 
-@pytest.mark.parametrize("freedom", [1, 2, 5, 19])
+@pytest.mark.parametrize("freedom", [1, 2, 5, 19, 20, 60])
 def test_quantiles(freedom):
     """Of so many draws of Student's t, one in forty lies above."""
     rng = np.random.default_rng(0)
-    assert (rng.standard_t(freedom, 400_000) > evaluate.QUANTILES[freedom - 1]).mean() == pytest.approx(
-        0.025, abs=1e-3
-    )
+    above = rng.standard_t(freedom, 400_000) > evaluate.student_quantile(freedom)
+    assert above.mean() == pytest.approx(0.025, abs=1e-3)
 
 
-def test_the_interval_of_a_mean_is_students():
-    """Up to 20 pictures; above, it is nearly so."""
-    x = features(12, 1)[:, 0]
-    found = interval(lambda rows: x[rows].mean(), 12)
-    reach = evaluate.QUANTILES[10] * x.std().item() / np.sqrt(12)
+@pytest.mark.parametrize("count, quantile", [(12, 2.201), (30, 2.0452), (121, 1.9799)])
+def test_the_interval_of_a_mean_is_students(count, quantile):
+    """In any order of the pictures."""
+    x = features(count, 1)[:, 0]
+    found = interval(lambda rows: x[rows].mean(), count)
+    reach = quantile * x.std().item() / np.sqrt(count)
     assert found["value"] == pytest.approx(x.mean().item())
-    assert found["high"] - found["value"] == pytest.approx(reach) == found["value"] - found["low"]
+    assert found["high"] - found["value"] == pytest.approx(reach, rel=1e-4)
+    assert found["value"] - found["low"] == pytest.approx(reach, rel=1e-4)
 
 
 @pytest.mark.parametrize("count", [8, 50])
@@ -169,7 +170,7 @@ def test_paired_intervals_cover(count):
         hits += found["low"] <= 0.3 <= found["high"]
         reaches.append(found["high"] - found["value"])
     assert 930 <= hits <= 972
-    assert np.mean(reaches) < 1.3 * evaluate.QUANTILES[min(count, 20) - 2] * np.sqrt(2 / count)
+    assert np.mean(reaches) < 1.1 * evaluate.student_quantile(count - 1) * np.sqrt(2 / count)
 
 
 def test_intervals_of_two_sets_cover():
@@ -181,7 +182,7 @@ def test_intervals_of_two_sets_cover():
         def distance(i, j, x=x, y=y):
             return ((x[i].mean(0) - y[j].mean(0)) ** 2).sum() - 2 * 2 / 60
 
-        found = interval(distance, 60, 60)
+        (found,) = evaluate.intervals(lambda *rows: [distance(*rows).item()], 20, 60, 60)
         hits += found["low"] <= 2 <= found["high"]
     assert 368 <= hits <= 392
 
@@ -325,7 +326,39 @@ def test_features_are_kept(measure, tmp_path, monkeypatch):
     assert len(load_file(kept)) == 5
 
 
-def test_a_signal_keeps_features(measure, tmp_path, monkeypatch):
+def test_names_do_not_matter(measure, tmp_path):
+    """Another order of the same pictures gives the same figures, intervals and all."""
+    folder, turned = save_squares(tmp_path / "some", 45), tmp_path / "turned"
+    reference = save_squares(tmp_path / "reference", 25, seed=1)
+    turned.mkdir()
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for i, row in enumerate(rows):
+        shutil.copy(folder / row["file_name"], turned / f"{(7 * i) % 45:03d}.png")
+        row["file_name"] = f"{(7 * i) % 45:03d}.png"
+    (turned / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--reference", reference, "--metrics", "clip_score", "clip_i", "kid", "--images")
+    assert measure(*flags, folder)["metrics"] == measure(*flags, turned)["metrics"]
+
+
+def test_a_broken_picture_keeps_features(measure, tmp_path, monkeypatch):
+    """Those that were encoded before it are not encoded again."""
+    folder, opened = save_squares(tmp_path / "some", 5), []
+    whole = (folder / "003.png").read_bytes()
+    (folder / "003.png").write_bytes(b"torn")
+    original = evaluate.open_picture
+    monkeypatch.setattr(evaluate, "open_picture", lambda file: (original(file), opened.append(file.name))[0])
+    with pytest.raises(SystemExit, match="003.png does not open as a picture: Pillow knows no such format"):
+        measure("--images", folder, "--batch_size", 1)
+    kept = len(opened)
+    assert kept > 0
+    (folder / "003.png").write_bytes(whole)
+    monkeypatch.setattr(evaluate, "write_results", lambda *_: None)
+    with pytest.raises(FileNotFoundError):
+        measure("--images", folder, "--batch_size", 1)
+    assert sorted(opened) == sorted(path.name for path in folder.glob("*.png"))
+
+
+def test_a_signal_keeps_features(measure, tmp_path, monkeypatch, capsys):
     """It ends after the batch at hand, with 128 + signal, and what was encoded is not encoded again."""
     folder, opened = save_squares(tmp_path / "some", 5), []
     original = evaluate.open_picture
@@ -340,6 +373,7 @@ def test_a_signal_keeps_features(measure, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as end:
         measure("--images", folder, "--batch_size", 1)
     assert end.value.code == 143 and len(opened) == 2
+    assert "Stopped by SIGTERM. The same command does not encode again what it has." in capsys.readouterr().err
     measure("--images", folder, "--batch_size", 1)
     assert len(opened) == 2 + 3 + 4  # those that are missing, and four for the sheet
 
@@ -401,8 +435,12 @@ def test_two_processes(measure, start, tmp_path):
         ("--images empty", "--metrics clip_score takes 2 pictures or more, and the folder of --images holds 0"),
         ("--images alike", "--images alike has two pictures named 000: rename one"),
         ("--images some --compare twenty", "take pictures of the same names, and one has no 004"),
+        ("--images= --compare some", "--images: must be a path"),
+        ("--images linked", "linked/gone.png, or the text beside it, cannot be read: .*No such file"),
+        ("--images deep", "The metadata of deep cannot be read: RecursionError"),
+        ("--images some --compare sown", "has another seed than .*: 7, not"),
         ("--images blank", "takes captions, and .*blank/000.png has none: give a metadata.jsonl"),
-        ("--images latin", "latin/000.txt is no text in UTF-8"),
+        ("--images latin", "latin/000.png, or the text beside it, cannot be read: .*utf-8"),
         ("--images some --output_dir some/000.png", "--output_dir some/000.png is no folder that can be made"),
         ("--images some --output_dir some", "--output_dir is the folder of --images"),
         ("--images some --metrics clip_i", "--metrics clip_i needs --reference"),
@@ -410,7 +448,7 @@ def test_two_processes(measure, start, tmp_path):
         ("--images some --reference some", "none of --metrics clip_score takes --reference"),
         ("--images bare", "--metrics clip_score takes captions, and .*bare/000.png has none"),
         ("--images some --compare few", "--images and --compare take pictures of the same names, and one has no 002"),
-        ("--images some --compare seeds", "has another prompt or seed than"),
+        ("--images some --compare seeds", "has another caption than .*: 'a red square', not"),
         ("--images torn", "The metadata of torn cannot be read: KeyError"),
         ("--images some --metrics fid --reference some", "pip install torch-fidelity, or take kid"),
         (
@@ -439,6 +477,11 @@ def test_refused(measure, tmp_path, capsys, flags, said):
         save_squares(tmp_path / name, 2)
     shutil.copy(tmp_path / "alike" / "000.png", tmp_path / "alike" / "000.webp")
     save_squares(tmp_path / "blank", 2, text="")
+    save_squares(tmp_path / "sown", 4)
+    rows = (tmp_path / "sown" / "metadata.jsonl").read_text()
+    (tmp_path / "sown" / "metadata.jsonl").write_text(re.sub('"seed": 2', '"seed": 7', rows))
+    (save_squares(tmp_path / "linked", 2) / "gone.png").symlink_to("nowhere")
+    (save_squares(tmp_path / "deep", 2) / "metadata.jsonl").write_text("[" * 100_000)
     (tmp_path / "latin" / "metadata.jsonl").unlink()
     (tmp_path / "latin" / "000.txt").write_bytes("é".encode("latin-1"))
     with pytest.raises(SystemExit) as end:

@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import resource
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
-from helpers import KOHYA, WORD, flags_of, run, write_config
+from helpers import KOHYA, WORD, flags_of, linux, run, write_config
 from safetensors import safe_open
 from safetensors.torch import load_file
 from single_file import save_single_file, unet_name, vae_name
@@ -323,7 +324,9 @@ def test_half_precision_that_overflows(tiny_model, tmp_path):
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
     pipeline.unet.conv_in.bias.data += 1e5
     pipeline.save_pretrained(tmp_path / "large")
-    with pytest.raises(SystemExit, match="The weights of unet are not finite in fp16: take bf16 or fp32"):
+    with pytest.raises(
+        SystemExit, match="The weights of unet are not finite in fp16, as they overflow: take bf16 or fp32"
+    ):
         run(export, tmp_path / "large", tmp_path / "half", "--dtype", "fp16")
     assert os.listdir(tmp_path) == ["large"]
 
@@ -344,3 +347,17 @@ def test_a_disk_that_is_full(tiny_model, tmp_path, monkeypatch):
         with pytest.raises(SystemExit, match=f"{name} cannot be written: No space left"):
             run(export, tiny_model, tmp_path / name)
     assert os.listdir(tmp_path) == []
+
+
+@linux
+@pytest.mark.parametrize("name", ["out.safetensors", "folder"])
+def test_a_full_disk(tiny_model, tmp_path, name):
+    """It is said in a sentence, and nothing is left."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(SystemExit, match=f"{name} cannot be written: .*File too large"):
+            run(export, tiny_model, tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []

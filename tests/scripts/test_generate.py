@@ -224,6 +224,24 @@ def test_adapters(draw, results, tiny_model, tmp_path):
     assert (pixels(both / "pictures")["00000-0.png"] == by_hand(pipeline, "a red circle")).all()
 
 
+def test_the_order_of_parts_does_not_matter(draw, results, tiny_model, tmp_path):
+    """A UNet goes before adapters, which it would take with it, in whatever order they are named."""
+    unet = UNet2DConditionModel.from_pretrained(tiny_model / "unet")
+    unet.conv_in.bias.data += 1
+    unet.save_pretrained(tmp_path / "unet")
+    drawn = []
+    for order in ((results / "lora", tmp_path / "unet"), (tmp_path / "unet", results / "lora")):
+        out = tmp_path / f"first-{order[0].name}"
+        flags = ("--base", tiny_model, "--prompt", "a red circle", *FEW, "--height", 32, "--width", 32)
+        run(generate, "--model", *order, *flags, "--output_dir", out)
+        drawn.append(pixels(out / "pictures")["00000-0.png"])
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model, unet=unet)
+    alone = by_hand(pipeline, "a red circle")
+    pipeline.load_lora_weights(results / "lora")
+    assert (drawn[0] == drawn[1]).all() and (drawn[0] == by_hand(pipeline, "a red circle")).all()
+    assert (drawn[0] != alone).any()
+
+
 def test_a_word(draw, results, tiny_model):
     """It is known in prompts."""
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
@@ -391,6 +409,53 @@ def test_files_of_prompts(draw, tiny_model, tmp_path, capsys):
     assert "p.jsonl: columns that are not read: note\n" in capsys.readouterr().err
 
 
+def test_numbers_of_tables(tmp_path):
+    """Whole numbers may stand there as 5.0, as they do beside empty cells."""
+    (tmp_path / "p.csv").write_text("prompt,seed,guidance_scale\nversion 2.0,5.0,3.0\nb,,2.5\n")
+    rows = [{"prompt": "version 2.0", "seed": 5, "guidance_scale": 3.0}, {"prompt": "b", "guidance_scale": 2.5}]
+    assert generate.read_prompts(tmp_path / "p.csv") == rows
+    (tmp_path / "p.jsonl").write_text('{"text": "b", "seed": 5.0}\n')
+    assert generate.read_prompts(tmp_path / "p.jsonl") == [{"prompt": "b", "text": "b", "seed": 5}]
+
+
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        ('{"prompt": "x", "seed": 5.7}', "seed of row 2 must be a number of type int .* not 5.7"),
+        ('{"prompt": "x", "height": true}', "height of row 2 must be a number of type int .* not True"),
+        ('{"prompt": "x", "guidance_scale": Infinity}', "guidance_scale of row 2 must be a number"),
+        ('{"prompt": "x", "seed": Infinity}', "seed of row 2 must be a number"),
+        ('{"prompt": "x", "image": 3}', "image of row 2 expected string"),
+        ('{"prompt": "x\\ud800"}', "prompt of row 2 must be text in UTF-8"),
+        ('["x"]', "row 2 has no column prompt or text"),
+        ('{"prompt": ""}', "row 2 has no column prompt or text, or nothing in it"),
+    ],
+)
+def test_a_wrong_row_is_named(tmp_path, row, said):
+    """With its column."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n' + row + "\n")
+    with pytest.raises(SystemExit, match=said):
+        generate.read_prompts(tmp_path / "p.jsonl")
+
+
+def test_a_typed_prompt_wins_over_a_file_of_flags(tmp_path, monkeypatch):
+    """As the two say the same."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flags.yaml").write_text("model: [a]\nprompts: gone.txt\n")
+    (job,) = generate.parse_args(["--config", "flags.yaml", "--prompt", "a cat"]).jobs
+    assert job["prompt"] == "a cat"
+
+
+def test_a_shorter_run_keeps_the_rows_of_a_longer_one(draw):
+    """Each picture that is there keeps its prompt."""
+    draw("out", "--prompt", "a", "b", "--num_images_per_prompt", 2)
+    out = draw("out", "--prompt", "a")
+    rows = [json.loads(line) for line in (out / "pictures" / "metadata.jsonl").read_text().splitlines()]
+    assert [(row["file_name"], row["text"]) for row in rows] == [
+        (f"0000{i}-{copy}.png", text) for i, text in enumerate("ab") for copy in range(2)
+    ]
+
+
 def test_prompts_of_odd_lines(tmp_path):
     """What only some readers take for the end of a line is part of a prompt, as is a line break in quotes."""
     odd = "a red\u2028circle\x85"
@@ -407,17 +472,21 @@ def test_prompts_of_odd_lines(tmp_path):
         ("--prompts none.txt", "none.txt cannot be read: .*No such file"),
         ("--prompts empty.txt", "empty.txt holds no prompt"),
         ("--prompts a.odt", "a.odt is none of .txt, .jsonl"),
-        ("--prompts a.jsonl", "a.jsonl: row 1 has no text in a column prompt or text"),
-        ("--prompts list.jsonl", "list.jsonl: row 1 has no text in a column prompt or text"),
+        ("--prompts a.jsonl", "a.jsonl: row 1 has no column prompt or text"),
+        ("--prompts list.jsonl", "list.jsonl: prompt of row 1 expected string"),
         ("--prompts torn.jsonl", "torn.jsonl cannot be read: Expecting value"),
         ("--prompts seed.jsonl", "seed.jsonl: seed of row 1 must be a number of type int from 0"),
         ("--prompt x --image none.png", "There is no picture none.png"),
-        ("--prompt x --scheduler Nothing", "cannot be loaded: .*Nothing"),
+        ("--prompt x --scheduler Nothing", "--scheduler Nothing is none of diffusers"),
         ("--prompt x --image there.png", "A StableDiffusionPipeline takes no image"),
         (
             "--prompt x --num_inference_steps 0",
             "--num_inference_steps: must be a number of type int from 1 to .*, not 0",
         ),
+        ("--prompt x --scheduler UNet2DModel", "--scheduler UNet2DModel is none of diffusers"),
+        ("--prompt x --lora_scale nan", "--lora_scale: must be a number"),
+        ("--prompt x --output_dir foreign", "foreign/pictures/00000-0.png is none of this program's pictures"),
+        ("--prompt x --output_dir torn", "torn/pictures/00000-0.png is none of this program's pictures"),
         ("--prompt x --height 33", "00000-0.png cannot be drawn: .*divisible by 8"),
         ("--prompt x --num_processes 2", "unrecognized argument --num_processes"),
     ],
@@ -435,6 +504,10 @@ def test_refused(draw, tmp_path, monkeypatch, capsys, flags, said):
     for name, text in {**texts, "seed.jsonl": '{"prompt": "x", "seed": "x"}'}.items():
         (tmp_path / name).write_text(text)
     Image.new("RGB", (8, 8)).save(tmp_path / "there.png")
+    for name in ("foreign", "torn"):
+        (tmp_path / name / "pictures").mkdir(parents=True)
+        shutil.copy(tmp_path / "there.png", tmp_path / name / "pictures" / "00000-0.png")
+    (tmp_path / "torn" / "pictures" / "00000-0.png").write_bytes(b"torn")
     with pytest.raises(SystemExit) as end:
         draw("out", *flags.split())
     assert re.search(said, f"{end.value} {capsys.readouterr().err}")
@@ -444,17 +517,31 @@ def test_refused(draw, tmp_path, monkeypatch, capsys, flags, said):
     "model, said",
     [
         ("nothing", "holds none of"),
+        ("me/typo", "there is no such folder or file, and as a Hub id: "),
+        ("headless", "Error no file named diffusion_pytorch_model"),
         ("lora", "nothing says what it goes on"),
         ("gone", "there is no such folder or file"),
     ],
 )
-def test_models_that_are_none(draw, results, tmp_path, model, said):
-    """A folder without a model, and adapters that are alone."""
+def test_models_that_are_none(draw, results, tiny_model, tmp_path, model, said):
+    """A folder without a model or without weights, what is nowhere, and adapters that are alone."""
     (tmp_path / "nothing").mkdir()
     (tmp_path / "lora").mkdir()
+    shutil.copytree(tiny_model, tmp_path / "headless")
+    for file in (tmp_path / "headless" / "unet").glob("*.safetensors"):
+        file.unlink()
     shutil.copy(results / "lora" / "pytorch_lora_weights.safetensors", tmp_path / "lora")
     with pytest.raises(SystemExit, match=said):
-        draw("out", "--prompt", "x", model=tmp_path / model)
+        draw("out", "--prompt", "x", model=model if "/" in model else tmp_path / model)
+
+
+@pytest.mark.parametrize("part, name", [("pixels/unet", "UNet2DModel"), ("vae", "AutoencoderKL"), ("clip", "None")])
+def test_a_part_of_another_kind_is_refused(results, tiny_model, tmp_path, part, name):
+    """By the names of the classes."""
+    folder = {"pixels/unet": results / part, "vae": tiny_model / "vae", "clip": ROOT / "demo" / "clip"}[part]
+    with pytest.raises(SystemExit, match=f"is a {name}, and no UNet2DConditionModel"):
+        models = ("--model", results / "lora", folder)
+        run(generate, *models, "--base", tiny_model, "--prompt", "x", "--output_dir", tmp_path / "out")
 
 
 def test_a_file_without_its_configs(draw, tiny_model, tmp_path):
