@@ -33,6 +33,7 @@ import inspect
 import logging
 import os
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -368,7 +369,11 @@ def write_file(tensors, metadata, output):
     tensors = {name: weight.contiguous() for name, weight in tensors.items()}
     beside = output.with_name(f".{output.name}.tmp")
     try:
+        beside.touch()
+        mode = beside.stat().st_mode  # of new files; safetensors makes its own their owner's alone
         save_file(tensors, beside, {name: str(value) for name, value in metadata.items()})
+        with contextlib.suppress(OSError):  # a shared disk may know no modes
+            beside.chmod(mode)
         os.replace(beside, output)
     finally:
         beside.unlink(missing_ok=True)
@@ -389,6 +394,9 @@ def write_folder(pipeline, output):
             if part in pipeline.components:
                 tokenizer = pipeline.components[part]
                 tokenizer.backend_tokenizer.model.save(str(folder / part))  # vocab.json and merges.txt
+        with contextlib.suppress(OSError):
+            for file in folder.rglob("*.safetensors"):  # which else are their owner's alone
+                shutil.copymode(folder / "model_index.json", file)
         os.replace(folder, output)
 
 

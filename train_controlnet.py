@@ -2750,12 +2750,20 @@ def flush(*paths):
             os.close(descriptor)
 
 
+def open_to_others(files, like):
+    """Gives files the mode of another new one, as safetensors makes them their owner's alone."""
+    with contextlib.suppress(OSError):  # a shared disk may know no modes
+        for file in files:
+            shutil.copymode(like, file)
+
+
 def seal_checkpoint(folder, target, limit):
     """Makes a written folder the checkpoint: manifest last, all on the disk, renamed; then prunes the older ones."""
     for pickled in folder.glob("random_states_*.pkl"):  # every draw is seeded by its step, so nothing reads these
         pickled.unlink()
     checksums = {str(file.relative_to(folder)): checksum(file) for file in folder.rglob("*") if file.is_file()}
     (folder / "manifest.json").write_text(json.dumps(checksums))
+    open_to_others(folder.rglob("*.safetensors"), folder / "manifest.json")
     flush(*folder.rglob("*"), folder)
     if os.path.lexists(target):  # torn since
         remove(target)
@@ -2981,6 +2989,9 @@ def save_result(run, models):
     """Writes the result, of the averaged weights if there are any."""
     with averaged_weights(models):
         save_model(run, models)
+    output_dir = Path(run.args.output_dir)
+    weights = [file for pattern in PUBLISHED for file in output_dir.glob(pattern) if file.suffix == ".safetensors"]
+    open_to_others(weights, output_dir / "train_args.yaml")
 
 
 def loss_curve(losses):

@@ -2,12 +2,13 @@
 
 import os
 import shutil
+import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-from helpers import make_pictures, run, state_of
+from helpers import linux, make_pictures, run, state_of
 
 import train_lora
 import train_text_to_image as script
@@ -299,3 +300,15 @@ def test_a_card_that_was_edited_is_kept(train, capsys):
     assert (out / "README.old.md").read_bytes() == edited
     assert "max_train_steps | 3" in (out / "README.md").read_text()
     assert "README.md was edited, so it is README.old.md now" in capsys.readouterr().out
+
+
+@linux
+def test_others_can_read_what_a_run_leaves(train):
+    """Weights too, as the umask says: safetensors makes its files their owner's alone."""
+    before = os.umask(0o027)
+    try:
+        out = train("out", "--use_ema", "--max_train_steps", 1, "--checkpointing_steps", 1)
+    finally:
+        os.umask(before)
+    modes = {str(file): stat.S_IMODE(file.stat().st_mode) for file in out.rglob("*.safetensors")}
+    assert len(modes) >= 5 and {*modes.values()} == {0o640}

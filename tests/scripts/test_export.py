@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import resource
+import stat
 
 import pytest
 import torch
@@ -361,3 +362,16 @@ def test_a_full_disk(tiny_model, tmp_path, name):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
+
+
+@linux
+def test_others_can_read_it(tiny_model, tmp_path):
+    """As the umask says."""
+    before = os.umask(0o027)
+    try:
+        for name in ("out.safetensors", "folder"):
+            run(export, tiny_model, tmp_path / name)
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.rglob("*.safetensors")}
+    assert modes == {0o640}
