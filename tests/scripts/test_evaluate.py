@@ -326,6 +326,16 @@ def test_features_are_kept(measure, tmp_path, monkeypatch):
     assert len(load_file(kept)) == 5
 
 
+def test_an_interval_is_that_of_the_rows(measure, tmp_path):
+    """A mean's is Student's, of the numbers in pictures.csv."""
+    told = measure("--images", save_squares(tmp_path / "some", 30))["metrics"]["clip_score"]["images"]
+    with open(tmp_path / "evaluated" / "pictures.csv", newline="") as lines:
+        scores = [float(row["clip_score"]) for row in csv.DictReader(lines)]
+    assert told["value"] == pytest.approx(np.mean(scores))
+    reach = 2.0452 * np.std(scores, ddof=1) / np.sqrt(30)
+    assert told["high"] - told["value"] == pytest.approx(reach, rel=1e-4)
+
+
 def test_names_do_not_matter(measure, tmp_path):
     """Another order of the same pictures gives the same figures, intervals and all."""
     folder, turned = save_squares(tmp_path / "some", 45), tmp_path / "turned"
