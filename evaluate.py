@@ -58,15 +58,8 @@ import yaml
 # The flags and the pictures
 
 
-NEEDS = {  # the folder that a metric takes beside --images, if any
-    "clip_score": None,
-    "clip_directional": "originals",
-    "clip_i": "reference",
-    "kid": "reference",
-    "cmmd": "reference",
-    "frechet": "reference",
-    "fid": "reference",
-}
+NEEDS = {"clip_score": None, "clip_directional": "originals"}  # what a metric takes beside --images and captions
+NEEDS |= dict.fromkeys(("clip_i", "kid", "cmmd", "frechet", "fid"), "reference")
 CAPTIONED = {"clip_score", "clip_directional"}
 OF_EACH = CAPTIONED | {"clip_i"}  # which give a number for each picture; the others are distances
 LEAST = {"kid": 20, "cmmd": 20, "fid": 2049}  # pictures of a distance; of frechet, one more than a feature is long

@@ -679,7 +679,7 @@ def kind_of(model):
 
 
 def run_flags(model):
-    """Returns the flags of the run that left a model: from its train_args.yaml, or of the base only, from its card."""
+    """Returns the flags of the run that left a model: from its train_args.yaml, or those that its card has."""
     path = Path(model)
     folders = (path, *path.absolute().parents[:2]) if path.exists() else ()  # a checkpoint's unet stands deeper
     for folder in folders:
@@ -689,7 +689,9 @@ def run_flags(model):
         card = ModelCard.load(path / "README.md" if path.is_dir() else model)
     except Exception:  # there is none
         return {}
-    return {"pretrained_model_name_or_path": card.data.get("base_model")}
+    rows = re.findall(r"^\| (\w+) \| (.+) \|$", card.text, flags=re.MULTILINE)
+    flags = {name: yaml.safe_load(value) for name, value in rows if "written by a training script" in card.text}
+    return flags | {"pretrained_model_name_or_path": card.data.get("base_model")}
 
 
 def open_whole(model, flags):

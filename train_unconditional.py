@@ -2211,7 +2211,9 @@ def name_without_path(path):
 
 def settings_table(settings):
     """Returns the settings that are numbers or words of interest as a Markdown table; what is off is left out."""
-    words = ("lr_scheduler", "mixed_precision", "prediction_type")
+    vae = "pretrained_vae_model_name_or_path"
+    settings = settings | {vae: name_without_path(settings.get(vae))}
+    words = ("lr_scheduler", "mixed_precision", "prediction_type", vae)
     shown = {name: value for name, value in settings.items() if isinstance(value, (int, float)) or name in words}
     rows = [f"| {name} | {value} |" for name, value in shown.items() if value is not None and value is not False]
     return "\n".join(["| setting | value |", "|---|---|", *rows])

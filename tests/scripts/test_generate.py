@@ -321,6 +321,21 @@ def test_a_checkpoint(draw, results, tiny_model):
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
 
 
+def test_a_card_tells_the_schedule(draw, results, tiny_model, pictures, tmp_path):
+    """Adapters draw by their card as they do by their train_args.yaml, which no upload has."""
+    schedule = ("--prediction_type", "v_prediction", "--rescale_betas_zero_snr", "--max_train_steps", 1)
+    run(train_lora, *flags_of(tiny_model, pictures, tmp_path / "lora", *schedule))
+    flags = ("--prompt", "a red circle", "--base", tiny_model)
+    wanted = files_in(draw("by-flags", *flags, model=tmp_path / "lora") / "pictures")
+    (tmp_path / "lora" / "train_args.yaml").unlink()
+    assert files_in(draw("by-card", *flags, model=tmp_path / "lora") / "pictures") == wanted
+    told = generate.run_flags(tmp_path / "lora")
+    assert told["prediction_type"] == "v_prediction" and told["rescale_betas_zero_snr"] is True
+    card = (tmp_path / "lora" / "README.md").read_text()
+    (tmp_path / "lora" / "README.md").write_text(card.split("<!--")[0])  # as somebody else's
+    assert generate.run_flags(tmp_path / "lora") == {"pretrained_model_name_or_path": None}
+
+
 @pytest.mark.launch
 def test_models_of_the_hub(draw, results, tiny_model, hub, tmp_path):
     """Whatever a folder may hold a repository may hold, with what it goes on in its card; also without a network."""
