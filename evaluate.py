@@ -55,26 +55,25 @@ from pathlib import Path
 import yaml
 
 
-# The flags and the pictures
+# The flags
 
 
+FOLDERS = ("images", "compare", "originals", "reference")
 NEEDS = {"clip_score": None, "clip_directional": "originals"}  # what a metric takes beside --images and captions
 NEEDS |= dict.fromkeys(("clip_i", "kid", "cmmd", "frechet", "fid"), "reference")
 CAPTIONED = {"clip_score", "clip_directional"}
 OF_EACH = CAPTIONED | {"clip_i"}  # which give a number for each picture; the others are distances
 LEAST = {"kid": 20, "cmmd": 20, "fid": 2049}  # pictures of a distance; of frechet, one more than a feature is long
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def parse_args(argv):
-    """Parses the command line, and lists the pictures as args.folders; what is wrong is said before CLIP is loaded."""
+    """Parses the command line."""
     parser = Parser(__doc__.split("\n\n    accelerate")[0])
     add = parser.add_argument
     add("--images", type=path_name, required=True, help="folder of the pictures")
     add("--compare", type=path_name, help="folder of other pictures of the same names, prompts and seeds")
     add("--reference", type=path_name, help="folder of pictures to be like; captions are not read")
-    originals = "folder of what the pictures were made from, with the same names, and captions of its own"
-    add("--originals", type=path_name, help=originals)
+    add("--originals", type=path_name, help="folder of what was edited, of the same names, with captions of its own")
     add("--metrics", nargs="+", choices=[*NEEDS], default=["clip_score"], metavar="METRIC", help=", ".join(NEEDS))
     add("--clip_model", default="openai/clip-vit-large-patch14", help="folder or Hub id of a CLIP of transformers")
     add("--caption_column", default="text", help="column of the metadata that holds the captions")
@@ -88,83 +87,18 @@ def parse_args(argv):
             parser.error(f"--metrics {needed[flag]} needs --{flag}")
         if flag not in needed and getattr(args, flag):
             parser.error(f"none of --metrics {' '.join(args.metrics)} takes --{flag}")
-    if not is_writable(args.output_dir):
-        parser.error(f"--output_dir {args.output_dir} is no folder that can be made or written to")
-    if "fid" in args.metrics and importlib.util.find_spec("torch_fidelity") is None:
-        parser.error("--metrics fid takes Inception's features: pip install torch-fidelity, or take kid")
-    args.folders = {}
-    for flag in ("images", "compare", "originals", "reference"):
+    for flag in FOLDERS:
         folder = getattr(args, flag)
+        if folder and not os.path.isdir(folder):
+            parser.error(f"--{flag} {folder} is not a folder")
         if folder and os.path.realpath(folder) == os.path.realpath(args.output_dir):
             parser.error(f"--output_dir is the folder of --{flag}: its sheet would be measured with the pictures")
-        if folder:
-            args.folders[flag] = read_folder(args, flag, Path(folder))
-        if folder and flag in ("compare", "originals"):
-            args.folders[flag] = paired(args.folders["images"], args.folders[flag], flag)
+    for flag, folder in {"output_dir": args.output_dir, "encoding_cache_dir": cache_folder(args)}.items():
+        if not is_writable(folder):
+            parser.error(f"--{flag} {folder} is no folder that can be made or written to")
+    if "fid" in args.metrics and importlib.util.find_spec("torch_fidelity") is None:
+        parser.error("--metrics fid takes Inception's features: pip install torch-fidelity, or take kid")
     return args
-
-
-def read_folder(args, flag, folder):
-    """Returns the pictures of a folder by their names: the file, its caption and seed, which are None if not told."""
-    if not os.path.isdir(folder):
-        raise SystemExit(f"--{flag} {folder} is not a folder.")
-    captioned = flag in ("images", "originals") and CAPTIONED & {*args.metrics}
-    metadata = read_metadata(folder)
-    pictures = {}
-    for file in sorted(folder.iterdir()):
-        if file.suffix.lower() not in SUFFIXES or file.name.startswith(".") or file.is_dir():
-            continue
-        row = metadata.get(file.name, {})
-        caption, beside = row.get(args.caption_column), file.with_suffix(".txt")
-        try:
-            digest = hashlib.blake2b(file.read_bytes()).hexdigest()
-            if caption is None and beside.is_file():
-                caption = beside.read_text(encoding="utf-8-sig").strip()
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"{file}, or the text beside it, cannot be read: {error}")
-        if file.stem in pictures:
-            raise SystemExit(f"--{flag} {folder} has two pictures named {file.stem}: rename one.")
-        if captioned and not (caption and isinstance(caption, str)):
-            way_out = "give a metadata.jsonl with a column text, or name the column by --caption_column"
-            raise SystemExit(f"--metrics {' '.join(args.metrics)} takes captions, and {file} has none: {way_out}.")
-        pictures[file.stem] = {"file": file, "digest": digest, "caption": caption, "seed": row.get("seed")}
-    for metric in args.metrics:
-        check_count(flag, pictures, metric, LEAST.get(metric, 2))
-    # Not by their names, so that these change no interval.
-    return dict(sorted(pictures.items(), key=lambda item: item[1]["digest"]))
-
-
-def read_metadata(folder):
-    """Returns the rows of a folder's metadata by the file that they are of."""
-    rows = []
-    try:
-        if (folder / "metadata.jsonl").is_file():
-            lines = (folder / "metadata.jsonl").read_text(encoding="utf-8-sig").split("\n")
-            rows = [json.loads(line) for line in lines if line.strip()]
-        elif (folder / "metadata.csv").is_file():
-            rows = csv.DictReader(io.StringIO((folder / "metadata.csv").read_text(encoding="utf-8-sig")))
-        return {row["file_name"]: row for row in rows}
-    except Exception as error:  # nearly anything, from a missing column to a field that is too long
-        raise SystemExit(f"The metadata of {folder} cannot be read: {type(error).__name__}: {error}")
-
-
-def check_count(flag, pictures, metric, least):
-    """Refuses a set that is too small for a metric."""
-    if len(pictures) < least:
-        sentence = f"--metrics {metric} takes {least} pictures or more, and the folder of --{flag} holds"
-        raise SystemExit(f"{sentence} {len(pictures)}: give more, or take another metric.")
-
-
-def paired(images, others, flag):
-    """Returns a folder's pictures in the order of --images; refuses those of other names, prompts or seeds."""
-    if alone := images.keys() ^ others.keys():
-        raise SystemExit(f"--images and --{flag} take pictures of the same names, and one has no {min(alone)}.")
-    for name, picture in images.items():
-        for key in ("caption", "seed"):
-            if flag == "compare" and str(others[name][key]) != str(picture[key]):
-                sentence = f"{others[name]['file']} has another {key} than {picture['file']}"
-                raise SystemExit(f"{sentence}: {others[name][key]!r}, not {picture[key]!r}.")
-    return {name: others[name] for name in images}
 
 
 # === Flags: the same in every script ===
@@ -174,7 +108,8 @@ def paired(images, others, flag):
 #   parse_args(argv)
 #       parses the command line with a Parser and read_flags, and says what is wrong with it
 #
-# They offer: types of values (positive_int and the like, path_name, switch), is_writable, Parser, read_flags.
+# They offer: types of values (positive_int and the like, path_name, switch), is_writable, cache_folder, Parser,
+# read_flags.
 
 
 def bounded(text, kind, low, high=sys.float_info.max):
@@ -237,7 +172,14 @@ def is_writable(folder):
     """Tells whether a folder can be written to or, if there is none, made."""
     places = (Path(folder), *Path(folder).absolute().parents)
     nearest = next(place for place in places if os.path.lexists(place))
-    return os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK)
+    unknown_home = Path(folder).parts[:1] == ("~",)  # which could not be expanded
+    return not unknown_home and os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK)
+
+
+def cache_folder(args):
+    """Where this machine keeps checked pictures, latents, embeddings and features between runs."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(args.encoding_cache_dir or Path(home, "diffusion-training"))
 
 
 def unrecognized(flag, flags):
@@ -351,8 +293,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
-from diffusers.utils import make_image_grid
+from accelerate.utils import gather_object, parse_flag_from_env
 from filelock import Timeout
 from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
@@ -362,135 +303,65 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 
-# The formulas. Features are tensors (n, d), with a row for each picture or caption.
+# The pictures
 
 
-def clip_score(images, captions):
-    """Returns 100 max(cos, 0) of each picture and its caption, (n,): arXiv:2104.08718, eq. 1, with w = 100."""
-    return 100 * F.cosine_similarity(images, captions).clip(min=0)
+def read_folders(args):
+    """Returns the pictures of each folder by their names; those of a pair are in the same order."""
+    folders = {flag: read_folder(args, flag, Path(getattr(args, flag))) for flag in FOLDERS if getattr(args, flag)}
+    for flag in ("compare", "originals"):
+        if flag in folders:
+            folders[flag] = paired(folders["images"], folders[flag], flag)
+    return folders
 
 
-def clip_directional(images, captions, originals, original_captions):
-    """Returns the cos between the changes of each picture and of its caption, (n,): arXiv:2108.00946, eq. 2."""
-    changes = F.normalize(images) - F.normalize(originals)
-    caption_changes = F.normalize(captions) - F.normalize(original_captions)
-    return F.cosine_similarity(changes, caption_changes)
+def read_folder(args, flag, folder):
+    """Returns the pictures of a folder by their names: the file, its caption and seed, which are None if not told."""
+    rows = {}
+    for metadata in (folder / "metadata.csv", folder / "metadata.jsonl"):
+        if metadata.is_file():
+            rows |= {row.get("file_name"): row for row in read_rows(metadata)}
+    captioned = flag in ("images", "originals") and CAPTIONED & {*args.metrics}
+    pictures = {}
+    for file in sorted(folder.iterdir()):
+        if not is_picture(file) or file.name.startswith(".") or file.is_dir():
+            continue
+        row = rows.get(file.name, {})
+        caption, beside = row.get(args.caption_column), file.with_suffix(".txt")
+        try:
+            digest = hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
+            if caption is None and beside.is_file():
+                caption = beside.read_text(encoding="utf-8-sig").strip()
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"{file}, or the text beside it, cannot be read: {error}")
+        if file.stem in pictures:
+            raise SystemExit(f"--{flag} {folder} has two pictures named {file.stem}: rename one.")
+        if captioned and not (caption and isinstance(caption, str)):
+            way_out = "give a metadata.jsonl with columns file_name and text, or name another by --caption_column"
+            raise SystemExit(f"--metrics {' '.join(args.metrics)} takes captions, and {file} has none: {way_out}.")
+        pictures[file.stem] = {"file": file, "digest": digest, "caption": caption, "seed": str(row.get("seed"))}
+    for metric in args.metrics:
+        check_count(flag, pictures, metric, LEAST.get(metric, 3))
+    # Not by their names, so that these change no interval.
+    return dict(sorted(pictures.items(), key=lambda item: item[1]["digest"]))
 
 
-def clip_i(images, references):
-    """Returns each picture's mean cos with all references, (n,): arXiv:2208.12242, section 4.2."""
-    return F.normalize(images) @ F.normalize(references).mean(0)
+def check_count(flag, pictures, metric, least):
+    """Refuses a set that is too small for a metric."""
+    if len(pictures) < least:
+        sentence = f"--metrics {metric} takes {least} pictures or more, and the folder of --{flag} holds"
+        raise SystemExit(f"{sentence} {len(pictures)}: give more, or take another metric.")
 
 
-def frechet(x, y):
-    """Returns |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of means and covariances: arXiv:1706.08500, eq. 6."""
-    means = (x.mean(0) - y.mean(0)).square().sum()
-    # With S = R'R, the trace of the root is the sum of the singular values of R1 R2'.
-    r, s = (torch.linalg.qr((z - z.mean(0)) / math.sqrt(len(z) - 1), mode="r").R for z in (x, y))
-    return means + r.square().sum() + s.square().sum() - 2 * torch.linalg.svdvals(r @ s.T).sum()
-
-
-def mean_kernel(kernel, x, y, unbiased):
-    """Returns the mean of a kernel over all pairs of rows, or, if unbiased, of rows of x with the others of x."""
-    total, pairs = 0, len(x) * len(y)
-    for first in range(0, len(x), 4096):  # so that it fits in memory
-        values = kernel(x[first : first + 4096], y)
-        total += values.sum()
-        if unbiased:
-            total -= values.diagonal(first).sum()
-    return total / (pairs - len(x) if unbiased else pairs)
-
-
-def discrepancy(kernel, x, y, unbiased):
-    """Returns the squared maximum mean discrepancy of two sets under a kernel: Gretton et al. 2012, eq. 3 and 5."""
-    inside = mean_kernel(kernel, x, x, unbiased) + mean_kernel(kernel, y, y, unbiased)
-    return inside - 2 * mean_kernel(kernel, x, y, False)
-
-
-def kid(x, y):
-    """Returns the discrepancy under (x.y / d + 1)^3, unbiased: arXiv:1801.01401, section 4."""
-    return discrepancy(lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3, x, y, True)
-
-
-def cmmd(x, y):
-    """Returns 1000 times the discrepancy of unit vectors under exp(-|x - y|^2 / 200): arXiv:2401.09603, section 4.
-
-    It counts pictures with themselves, as the authors' code does, so small sets of one law are apart.
-    """
-    x, y = F.normalize(x), F.normalize(y)
-    return 1000 * discrepancy(lambda a, b: (-torch.cdist(a, b).square() / 200).exp(), x, y, False)
-
-
-# Each metric's formula, and the features that it takes beside those of the pictures.
-FORMULAS = {
-    "clip_score": (clip_score, "captions of images"),
-    "clip_directional": (clip_directional, "captions of images", "originals", "captions of originals"),
-    "clip_i": (clip_i, "reference"),
-    "kid": (kid, "reference"),
-    "cmmd": (cmmd, "reference"),
-    "frechet": (frechet, "reference"),
-    "fid": (frechet, "inception of reference"),
-}
-
-
-def values_of(metric, features, flag, rows=slice(None), others=slice(None)):
-    """Returns a metric of some pictures of a folder: rows are their numbers, others those of --reference to take."""
-    formula, *names = FORMULAS[metric]
-    pictures = features[f"inception of {flag}" if metric == "fid" else flag][rows]
-    chosen = others if NEEDS[metric] == "reference" else rows
-    return formula(pictures, *(features[name][chosen] for name in names))
-
-
-# Intervals
-
-
-# The 97.5 % quantiles of Student's t, for 1 to 19 degrees of freedom.
-QUANTILES = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
-QUANTILES += [2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093]
-
-
-def student_quantile(freedom):
-    """Returns the 97.5 % quantile of Student's t, above 19 degrees of freedom to 0.001, by its expansion in 1 / n."""
-    if freedom <= len(QUANTILES):
-        return QUANTILES[freedom - 1]
-    z = 1.959964  # the normal distribution's; Abramowitz and Stegun 1972, eq. 26.7.5
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-
-
-def intervals(statistics, most, *counts):
-    """Returns statistics of samples of so many rows, each with the ends of its 95 % interval.
-
-    statistics takes the numbers of the rows to count, a tensor for each sample, and returns a list of numbers. The
-    jackknife leaves out each row, or of many rows each of so many groups, most (Efron and Tibshirani 1993, chapter
-    11). If each row is left out, the interval of a mean is Student's.
-    """
-    all_rows = [torch.arange(count) for count in counts]
-    values = np.array(statistics(*all_rows))
-    variances = np.zeros_like(values)
-    for i, rows in enumerate(all_rows):
-        groups = min(len(rows), most)
-        without = [statistics(*all_rows[:i], rows[rows % groups != g], *all_rows[i + 1 :]) for g in range(groups)]
-        variances += (groups - 1) * np.var(without, axis=0)
-    reaches = student_quantile(min(most, *counts) - 1) * np.sqrt(variances)
-    return [{"value": v, "low": v - r, "high": v + r} for v, r in zip(values.tolist(), reaches.tolist())]
-
-
-def measure(args, features):
-    """Returns, by metric, what each folder has and how the second one differs, each with its interval."""
-    results = {}
-    columns = ["images", "compare", "difference"] if args.compare else ["images"]
-    for metric in tqdm(args.metrics, "measuring"):
-        counts = [len(args.folders["images"])]
-        if NEEDS[metric] == "reference":
-            counts.append(len(args.folders["reference"]))
-
-        def figures(*rows, metric=metric):
-            values = [values_of(metric, features, flag, *rows).mean().item() for flag in columns[:2]]
-            return [*values, values[1] - values[0]] if args.compare else values
-
-        most = 200 if metric in OF_EACH else 20  # as distances take their time
-        results[metric] = dict(zip(columns, intervals(figures, most, *counts)))
-    return results
+def paired(images, others, flag):
+    """Returns a folder's pictures in the order of --images; refuses those of other names, prompts or seeds."""
+    if alone := images.keys() ^ others.keys():
+        raise SystemExit(f"--images and --{flag} take pictures of the same names, and one has no {min(alone)}.")
+    for name, picture in images.items():
+        other = others[name]
+        if flag == "compare" and (other["caption"], other["seed"]) != (picture["caption"], picture["seed"]):
+            raise SystemExit(f"{other['file']} has another prompt or seed than {picture['file']}.")
+    return {name: others[name] for name in images}
 
 
 # Features
@@ -537,148 +408,240 @@ def load_inception(device):
     return digest_of([model], ""), of_pictures
 
 
-def encode(args, state, stop, encoder, of_pictures, flag):
-    """Returns on rank 0 the features of a folder's pictures, (n, d): those kept by the encoder's digest, and new ones.
+def encode(args, state, stop, encoder, of_pictures, pictures):
+    """Returns the features of pictures, (n, d), of which each rank takes its share from the cache or the model.
 
-    A signal, or a picture that does not open, ends all ranks, once what they have is kept.
+    Each is kept as it is made, by the encoder's digest and its own, so that a signal or a broken picture loses none.
     """
-    kept_in = features_file(args, encoder, flag)
-    kept = {}
-    with contextlib.suppress(OSError, SafetensorError):  # there is none yet, or it is torn
-        kept = load_file(kept_in)
-    file_of = {picture["digest"]: picture["file"] for picture in args.folders[flag].values()}
-    # Rank 0 says what is missing, as machines may have kept different features.
-    missing = broadcast_object_list([[digest for digest in file_of if digest not in kept]])[0]
-    mine = missing[state.process_index :: state.num_processes]
-    batches = [mine[first : first + args.batch_size] for first in range(0, len(mine), args.batch_size)]
-    new = {}
-    problem = None
-    for batch in tqdm(batches, f"features of --{flag}", disable=not state.is_main_process):
-        try:
-            features = of_pictures([open_picture(file_of[digest]) for digest in batch])
-        except SystemExit as error:  # of a picture that does not open
-            problem = error.code
-            break
-        new |= {digest: row.clone() for digest, row in zip(batch, features)}  # no views, which cannot be saved
-        if stop.signum:
-            break
-    problems = []
-    for part, sentence in gather_object([(new, problem)]):
-        kept |= part
-        problems += [sentence] if sentence else []
-    if state.is_main_process:
-        try:
-            replace_file(kept_in, save({digest: kept[digest] for digest in file_of if digest in kept}))
-        except OSError as error:
-            print(f"Features are not kept, as {kept_in} cannot be written: {error}")
-    if problems:
-        raise SystemExit(problems[0] if state.is_main_process else 1)
-    if state.is_main_process and stop.signum:
-        name = signal.Signals(stop.signum).name
-        print(f"Stopped by {name}. The same command does not encode again what it has.", file=sys.stderr)
-    stop.exit_if_asked()
-    if state.is_main_process:
-        return torch.stack([kept[picture["digest"]] for picture in args.folders[flag].values()]).double()
+    cache = cache_folder(args) / "features" / encoder
+    files = {picture["digest"]: picture["file"] for picture in pictures.values()}
+    mine = [*files][state.process_index :: state.num_processes]
+    features = {}
+    for digest in mine:
+        with contextlib.suppress(OSError, SafetensorError):  # there is none yet, or it is torn
+            features[digest] = load_file(cache / digest)["features"]
+    missing = [digest for digest in mine if digest not in features]
+    for first in tqdm(range(0, len(missing), args.batch_size), "encoding", disable=not state.is_main_process):
+        batch = missing[first : first + args.batch_size]
+        for digest, row in zip(batch, of_pictures([open_picture(files[digest]) for digest in batch])):
+            features[digest] = row.clone()  # no view, which cannot be saved
+            with contextlib.suppress(OSError):  # such as a full disk
+                replace_file(cache / digest, save({"features": features[digest]}))
+        end_if_asked(state, stop)
+    with stop.ending_at_once():  # else none could end what waits for the others
+        parts = gather_object([features])
+    features = {digest: row for part in parts for digest, row in part.items()}
+    return torch.stack([features[picture["digest"]] for picture in pictures.values()]).double()
 
 
-def features_file(args, encoder, flag):
-    """Returns where the features of a folder are kept; those of pictures that it no longer has drop out."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(args.encoding_cache_dir or Path(home, "diffusion-training"), "features")
-    place = hashlib.blake2b(os.path.abspath(getattr(args, flag)).encode(), digest_size=8).hexdigest()
-    return folder / f"{encoder}-{place}.safetensors"
-
-
-def all_features(args, state, stop):
-    """Returns on rank 0 the features of each folder by its flag, and what else FORMULAS takes, by name."""
+def all_features(args, state, stop, folders):
+    """Returns the features of each folder by its flag, and the others that metrics take, by their names."""
     model, encoder, of_pictures, of_captions = load_clip(args.clip_model, state.device)
     if "frechet" in args.metrics:
-        for flag, pictures in args.folders.items():
+        for flag, pictures in folders.items():
             check_count(flag, pictures, "frechet", model.config.projection_dim + 1)
-    features = {flag: encode(args, state, stop, encoder, of_pictures, flag) for flag in args.folders}
+    features = {flag: encode(args, state, stop, encoder, of_pictures, folders[flag]) for flag in folders}
     if "fid" in args.metrics:
         encoder, of_pictures = load_inception(state.device)
-        for flag in [flag for flag in args.folders if flag != "originals"]:
-            features[f"inception of {flag}"] = encode(args, state, stop, encoder, of_pictures, flag)
+        for flag in [flag for flag in folders if flag != "originals"]:
+            features[f"inception of {flag}"] = encode(args, state, stop, encoder, of_pictures, folders[flag])
     if state.is_main_process and CAPTIONED & {*args.metrics}:
-        for flag in [flag for flag in args.folders if flag in ("images", "originals")]:
-            captions = [picture["caption"] for picture in args.folders[flag].values()]
-            features[f"captions of {flag}"] = of_captions(captions)
+        for flag in [flag for flag in folders if flag in ("images", "originals")]:
+            features[f"captions of {flag}"] = of_captions([picture["caption"] for picture in folders[flag].values()])
     return features
+
+
+# The formulas. Features are tensors (n, d), with a row for each picture or caption.
+
+
+def clip_score(images, captions):
+    """Returns 100 max(cos, 0) of each picture and its caption, (n,): arXiv:2104.08718, eq. 1, with w = 100."""
+    return 100 * F.cosine_similarity(images, captions).clip(min=0)
+
+
+def clip_directional(images, captions, originals, original_captions):
+    """Returns the cos between the changes of each picture and of its caption, (n,): arXiv:2108.00946, eq. 2."""
+    changes = F.normalize(images) - F.normalize(originals)
+    caption_changes = F.normalize(captions) - F.normalize(original_captions)
+    return F.cosine_similarity(changes, caption_changes)
+
+
+def clip_i(images, references):
+    """Returns each picture's mean cos with all references, (n,): arXiv:2208.12242, section 4.2."""
+    return F.normalize(images) @ F.normalize(references).mean(0)
+
+
+def frechet(x, y):
+    """Returns |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of means and covariances: arXiv:1706.08500, eq. 6."""
+    means = (x.mean(0) - y.mean(0)).square().sum()
+    # With S = R'R, the trace of the root is the sum of the singular values of R1 R2'.
+    r, s = (torch.linalg.qr((z - z.mean(0)) / math.sqrt(len(z) - 1), mode="r").R for z in (x, y))
+    return means + r.square().sum() + s.square().sum() - 2 * torch.linalg.svdvals(r @ s.T).sum()
+
+
+def mean_kernel(kernel, x, y):
+    """Returns the mean of a kernel over all pairs of rows, which are taken in parts that fit in memory."""
+    return sum(kernel(part, y).sum() for part in x.split(4096)) / (len(x) * len(y))
+
+
+def mean_of_others(kernel, x):
+    """Returns the mean of a kernel over all pairs of a row with another one."""
+    own = sum(kernel(part, part).diagonal().sum() for part in x.split(4096)) / len(x)
+    return (len(x) * mean_kernel(kernel, x, x) - own) / (len(x) - 1)
+
+
+def kid(x, y):
+    """Returns the squared maximum mean discrepancy under (x.y / d + 1)^3, unbiased: arXiv:1801.01401, section 4."""
+
+    def kernel(a, b):
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    return mean_of_others(kernel, x) + mean_of_others(kernel, y) - 2 * mean_kernel(kernel, x, y)
+
+
+def cmmd(x, y):
+    """Returns 1000 times that of unit vectors under exp(-|x - y|^2 / 200): arXiv:2401.09603, section 4.
+
+    It counts pictures with themselves, as the authors' code does, so small sets of one law are apart.
+    """
+
+    def kernel(a, b):
+        return (-torch.cdist(a, b).square() / 200).exp()
+
+    x, y = F.normalize(x), F.normalize(y)
+    return 1000 * (mean_kernel(kernel, x, x) + mean_kernel(kernel, y, y) - 2 * mean_kernel(kernel, x, y))
+
+
+def values_of(metric, features, flag, rows=slice(None), others=slice(None)):
+    """Returns a metric of some pictures of a folder: rows are their numbers, others those of --reference to take."""
+    pictures = features[flag][rows]
+    if metric == "clip_score":
+        return clip_score(pictures, features["captions of images"][rows])
+    if metric == "clip_directional":
+        captions, original_captions = features["captions of images"][rows], features["captions of originals"][rows]
+        return clip_directional(pictures, captions, features["originals"][rows], original_captions)
+    if metric == "fid":
+        return frechet(features[f"inception of {flag}"][rows], features["inception of reference"][others])
+    formula = {"clip_i": clip_i, "kid": kid, "cmmd": cmmd, "frechet": frechet}[metric]
+    return formula(pictures, features["reference"][others])
+
+
+# Intervals
+
+
+def student_quantile(freedom):
+    """Returns the 97.5 % quantile of Student's t, within 1 % from 2 degrees of freedom on."""
+    terms = (1.959964, 2.372271, 2.822499, 2.555850, 1.589534)  # Abramowitz and Stegun 1972, eq. 26.7.5
+    return sum(term / freedom**power for power, term in enumerate(terms))
+
+
+def intervals(statistics, most, *counts):
+    """Returns statistics of samples of so many rows, each with the ends of its 95 % interval.
+
+    statistics takes the numbers of the rows to count, a tensor for each sample, and returns a list of numbers. The
+    jackknife leaves out each row, or of many rows each of so many groups, most (Efron and Tibshirani 1993, chapter
+    11). If each row is left out, the interval of a mean is Student's.
+    """
+    all_rows = [torch.arange(count) for count in counts]
+    values = np.array(statistics(*all_rows))
+    variances = np.zeros_like(values)
+    for i, rows in enumerate(all_rows):
+        groups = min(len(rows), most)
+        without = [statistics(*all_rows[:i], rows[rows % groups != g], *all_rows[i + 1 :]) for g in range(groups)]
+        variances += (groups - 1) * np.var(without, axis=0)
+    reaches = student_quantile(min(most, *counts) - 1) * np.sqrt(variances)
+    return [{"value": v, "low": v - r, "high": v + r} for v, r in zip(values.tolist(), reaches.tolist())]
+
+
+def measure(args, features):
+    """Returns, by metric, what each folder has and how the second one differs, each with its interval."""
+    results = {}
+    columns = ["images", "compare", "difference"] if args.compare else ["images"]
+    for metric in tqdm(args.metrics, "measuring"):
+        counts = [len(features["images"])]
+        if NEEDS[metric] == "reference":
+            counts.append(len(features["reference"]))
+
+        def figures(*rows, metric=metric):
+            values = [values_of(metric, features, flag, *rows).mean().item() for flag in columns[:2]]
+            return [*values, values[1] - values[0]] if args.compare else values
+
+        most = 200 if metric in OF_EACH else 20  # as distances take their time
+        results[metric] = dict(zip(columns, intervals(figures, most, *counts)))
+    return results
 
 
 # The results
 
 
-def report(args, results):
+def verdict(metric, difference):
+    """Says whether the second folder differs, and which way is better."""
+    if difference["low"] <= 0 <= difference["high"]:
+        return "no difference is shown, as 0 lies in the interval."
+    way = "higher" if difference["low"] > 0 else "lower"
+    wanted = "higher" if metric in OF_EACH else "lower"  # as less is better of distances
+    return f"a difference is shown. --compare is {way}, which is {'better' if way == wanted else 'worse'}."
+
+
+def report(args, folders, results):
     """Prints a table of the figures, and says where the second folder differs."""
-    counts = [f"{len(pictures)} {flag}" for flag, pictures in args.folders.items()]
+    counts = [f"{len(pictures)} {flag}" for flag, pictures in folders.items()]
     print(f"{args.clip_model}; {', '.join(counts)}")
-    columns = [*next(iter(results.values()))]
-    print(" " * 18 + "".join(f"{column:<40}" for column in columns).rstrip())
     for metric, figures in results.items():
-        shown = ["{value:.4g} ({low:.4g} to {high:.4g})".format(**figures[column]) for column in columns]
-        print(f"{metric:<18}" + "".join(f"{cell:<40}" for cell in shown).rstrip())
-    if not args.compare:
-        return
+        for column, figure in figures.items():
+            print(f"{metric:<18}{column:<12}" + "{value:.4g} ({low:.4g} to {high:.4g})".format(**figure))
     for metric, figures in results.items():
-        low, high = figures["difference"]["low"], figures["difference"]["high"]
-        if low <= 0 <= high:
-            print(f"{metric}: no difference is shown, as 0 lies in the interval.")
-            continue
-        way = "higher" if low > 0 else "lower"
-        wanted = "higher" if metric in OF_EACH else "lower"  # as less is better of distances
-        verdict = "better" if way == wanted else "worse"
-        print(f"{metric}: a difference is shown. --compare is {way}, which is {verdict}.")
+        if args.compare:
+            print(f"{metric}: {verdict(metric, figures['difference'])}")
 
 
-def picture_rows(args, features):
+def picture_rows(args, folders, features):
     """Returns a row for each picture: its folder, file and caption, and its own metrics."""
     rows = []
-    for flag in [flag for flag in ("images", "compare") if flag in args.folders]:
-        metrics = {metric: values_of(metric, features, flag).tolist() for metric in args.metrics if metric in OF_EACH}
-        for number, picture in enumerate(args.folders[flag].values()):
+    for flag in [flag for flag in ("images", "compare") if flag in folders]:
+        values = {metric: values_of(metric, features, flag) for metric in args.metrics if metric in OF_EACH}
+        for number, picture in enumerate(folders[flag].values()):
             row = {"folder": flag, "file": str(picture["file"]), "caption": picture["caption"]}
-            rows.append(row | {metric: values[number] for metric, values in metrics.items()})
+            rows.append(row | {metric: values[metric][number].item() for metric in values})
     return sorted(rows, key=lambda row: (row["folder"] == "compare", row["file"]))
 
 
-def write_results(args, results, rows):
+def write_results(args, folders, results, rows):
     """Writes metrics.json, pictures.csv, and the ten best and ten worst pictures of --images by the first metric."""
-    folder = Path(args.output_dir)
-    told = {flag: {"folder": getattr(args, flag), "pictures": len(args.folders[flag])} for flag in args.folders}
+    output_dir = Path(args.output_dir)
+    told = {flag: {"folder": getattr(args, flag), "pictures": len(pictures)} for flag, pictures in folders.items()}
     figures = {"clip_model": args.clip_model, **told, "metrics": results}
-    replace_file(folder / "metrics.json", (json.dumps(figures, indent=1) + "\n").encode())
+    replace_file(output_dir / "metrics.json", (json.dumps(figures, indent=1) + "\n").encode())
     lines = io.StringIO()
     writer = csv.DictWriter(lines, [*rows[0]], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    replace_file(folder / "pictures.csv", lines.getvalue().encode())
-    (folder / "best_and_worst.png").unlink(missing_ok=True)  # of other pictures
+    replace_file(output_dir / "pictures.csv", lines.getvalue().encode())
+    sheet = output_dir / "best_and_worst.png"
+    sheet.unlink(missing_ok=True)  # of other pictures
     metrics = [metric for metric in args.metrics if metric in OF_EACH]
     if metrics:
-        ranked = [row for row in rows if row["folder"] == "images"]
-        ranked.sort(key=lambda row: -row[metrics[0]])
+        images = [row for row in rows if row["folder"] == "images"]
+        ranked = [row["file"] for row in sorted(images, key=lambda row: -row[metrics[0]])]
         count = min(10, len(ranked) // 2)
-        chosen = [open_picture(row["file"]) for row in ranked[:count] + ranked[-count:]]
-        squares = [ImageOps.pad(picture, (128, 128), color="white") for picture in chosen]
-        replace_file(folder / "best_and_worst.png", png_bytes(make_image_grid(squares, 2, count)))
+        write_sheet([ranked[:count], ranked[-count:]], sheet)
 
 
 @torch.inference_mode()
 def main(args):
     """Measures the pictures; ranks share their features, and the first one says and writes the results."""
     disable_progress_bar()
+    folders = read_folders(args)
     state = start_processes()
     stop = StopFlag()
     stop.listen()
-    features = all_features(args, state, stop)
+    features = all_features(args, state, stop, folders)
     with stop.ending_at_once():  # as what follows takes seconds
         if state.is_main_process:
             results = measure(args, features)
-            report(args, results)
+            report(args, folders, results)
             try:
-                write_results(args, results, picture_rows(args, features))
+                write_results(args, folders, results, picture_rows(args, folders, features))
             except OSError as error:  # such as a full disk
                 raise SystemExit(failure("Writing", args.output_dir, error))
             print(f"More is in {args.output_dir}.")
@@ -688,7 +651,8 @@ def main(args):
 
 # === Programs: the same in generate.py and evaluate.py ===
 #
-# They ask nothing of the text above. They offer: start_processes, digest_of, open_picture, png_bytes.
+# They ask nothing of the text above. They offer: start_processes, end_if_asked, digest_of, read_rows,
+# open_picture, png_bytes, write_sheet.
 
 
 def start_processes():
@@ -699,6 +663,15 @@ def start_processes():
     return state
 
 
+def end_if_asked(state, stop):
+    """Ends this process if a signal came, which the others get, too, or else the launcher ends them."""
+    if stop.signum:
+        if state.is_main_process:
+            name = signal.Signals(stop.signum).name
+            print(f"Stopped by {name}. The same command goes on from here.", file=sys.stderr)
+        raise SystemExit(128 + stop.signum)
+
+
 def digest_of(models, settings):
     """Returns a digest of models' weights, and of settings that change what they do, as text."""
     digest = hashlib.blake2b(settings.encode(), digest_size=8)
@@ -706,6 +679,32 @@ def digest_of(models, settings):
         for weight in model.state_dict().values():
             digest.update(weight.cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def read_rows(file):
+    """Returns the rows of a .jsonl, .csv or .parquet as dictionaries, and of a .txt its lines as prompts."""
+    try:
+        if file.suffix == ".parquet":
+            from pyarrow import parquet
+
+            return parquet.read_table(file).to_pylist()
+        text = file.read_text(encoding="utf-8-sig")
+        if file.suffix == ".csv":
+            rows = list(csv.DictReader(io.StringIO(text), strict=True))
+        elif file.suffix == ".jsonl":
+            rows = list(read_json_lines(text.split("\n")))
+        elif file.suffix == ".txt":
+            rows = [{"prompt": line.strip()} for line in text.split("\n") if line.strip()]
+        else:
+            raise ValueError("it is none of .txt, .jsonl, .csv and .parquet")
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict):
+                raise ValueError(f"row {number} is no object, {{...}}")
+            if None in row:
+                raise ValueError(f"row {number} has more cells than the header: quote texts that have commas")
+        return rows
+    except Exception as error:  # anything, from a missing file to one that is torn
+        raise SystemExit(f"{file} cannot be read: {error}")
 
 
 def open_picture(file):
@@ -728,15 +727,33 @@ def png_bytes(image, **settings):
     return data.getvalue()
 
 
+def write_sheet(rows, file):
+    """Writes a sheet with rows of pictures, by their files, each in a square."""
+    side = 256
+    sheet = Image.new("RGB", (side * max(map(len, rows)), side * len(rows)), "white")
+    for top, pictures in enumerate(rows):
+        for left, picture in enumerate(pictures):
+            square = ImageOps.pad(open_picture(picture), (side, side), color="white")
+            sheet.paste(square, (side * left, side * top))
+    replace_file(file, png_bytes(sheet))
+
+
 # === End of programs ===
 
 
 # === Files and signals: the same in every script ===
 #
-# They ask nothing of the text above. They offer: open_image, replace_file, take_lock, failure, StopFlag.
+# They ask nothing of the text above. They offer: is_picture, open_image, read_json_lines, replace_file,
+# take_lock, failure, StopFlag.
 
 
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
 STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"} & {*dir(signal)}
+
+
+def is_picture(file):
+    """Whether a file is a picture by its name."""
+    return file.suffix.lower() in PICTURE_SUFFIXES
 
 
 def open_image(data):
@@ -756,6 +773,16 @@ def open_image(data):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def read_json_lines(lines):
+    """Yields what stands in lines of JSON, without blank ones."""
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                yield json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{error.msg} at character {error.pos} of line {number}")
 
 
 def replace_file(path, data):

@@ -76,7 +76,8 @@ def parse_args(argv):
 #   parse_args(argv)
 #       parses the command line with a Parser and read_flags, and says what is wrong with it
 #
-# They offer: types of values (positive_int and the like, path_name, switch), is_writable, Parser, read_flags.
+# They offer: types of values (positive_int and the like, path_name, switch), is_writable, cache_folder, Parser,
+# read_flags.
 
 
 def bounded(text, kind, low, high=sys.float_info.max):
@@ -139,7 +140,14 @@ def is_writable(folder):
     """Tells whether a folder can be written to or, if there is none, made."""
     places = (Path(folder), *Path(folder).absolute().parents)
     nearest = next(place for place in places if os.path.lexists(place))
-    return os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK)
+    unknown_home = Path(folder).parts[:1] == ("~",)  # which could not be expanded
+    return not unknown_home and os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK)
+
+
+def cache_folder(args):
+    """Where this machine keeps checked pictures, latents, embeddings and features between runs."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(args.encoding_cache_dir or Path(home, "diffusion-training"))
 
 
 def unrecognized(flag, flags):
@@ -440,9 +448,6 @@ def open_result(args, result):
 
 def main(args):
     """Writes the output, and prints sizes before and after."""
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
     output = Path(args.output)
     result = str(Path(args.result, "unet_ema")) if args.use_ema else args.result
     pipeline, adapter = open_result(args, result)
@@ -602,6 +607,9 @@ def open_model(models, base, scales):
 
     Returns the pipeline and the names of its adapters. What is wrong is a ValueError, or whatever diffusers raises.
     """
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     kinds = [kind_of(model) for model in models]
     flags = run_flags(models[0])
     parts = list(zip(models, kinds))

@@ -39,7 +39,6 @@ import inspect
 import io
 import json
 import logging
-import math
 import os
 import re
 import shutil
@@ -51,7 +50,7 @@ from pathlib import Path
 import yaml
 
 
-# The flags and the prompts
+# The flags
 
 
 NUMBERS = ("seed", "num_inference_steps", "guidance_scale", "image_guidance_scale", "height", "width")
@@ -59,7 +58,7 @@ COLUMNS = ("prompt", "text", "negative_prompt", "image", *NUMBERS)  # of a file 
 
 
 def parse_args(argv):
-    """Parses the command line, and works out args.jobs; what is wrong is said before anything heavy loads."""
+    """Parses the command line."""
     parser = Parser(__doc__.split("\n\n    accelerate")[0])
     add = parser.add_argument
     add("--model", nargs="+", required=True, help="what to draw with; adapters and words after it go onto it")
@@ -88,77 +87,7 @@ def parse_args(argv):
         parser.error("give --prompt or --prompts, not both")
     if not is_writable(args.output_dir):
         parser.error(f"--output_dir {args.output_dir} is no folder that can be made or written to")
-    rows = read_prompts(args.prompts) if args.prompts else [{"prompt": prompt} for prompt in args.prompt or [""]]
-    args.jobs = make_jobs(args, rows)
     return args
-
-
-def read_rows(path):
-    """Returns the rows of a file of prompts, as dictionaries."""
-    if path.suffix == ".parquet":
-        from pyarrow import parquet
-
-        return parquet.read_table(path).to_pylist()
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(text), strict=True))
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in lines]
-    return [{"prompt": line} for line in lines]
-
-
-def read_prompts(file):
-    """Returns the rows of a file of prompts: dictionaries of some of COLUMNS, each with a prompt."""
-    kinds = dict.fromkeys(("num_inference_steps", "height", "width"), positive_int)
-    kinds |= {"seed": seed_number, "guidance_scale": non_negative, "image_guidance_scale": non_negative}
-    if Path(file).suffix not in (".txt", ".jsonl", ".csv", ".parquet"):
-        raise SystemExit(f"--prompts {file} is none of .txt, .jsonl, .csv or .parquet: take one of those.")
-    try:
-        rows = read_rows(Path(file))
-    except Exception as error:  # anything, from a missing file to one that is torn
-        raise SystemExit(f"--prompts {file} cannot be read: {error}")
-    if not rows:
-        raise SystemExit(f"--prompts {file} holds no prompt.")
-    known = []
-    others = set()
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not (row.get("prompt") or row.get("text")):
-            raise SystemExit(f"--prompts {file}: row {number} has no column prompt or text, or nothing in it.")
-        others |= {str(name) for name in row} - {*COLUMNS}
-        row["prompt"] = row.get("prompt") or row["text"]
-        row = {name: row[name] for name in COLUMNS if row.get(name) not in (None, "")}
-        for name in row:
-            try:
-                if name in kinds:
-                    row[name] = kinds[name](str(row[name]).removesuffix(".0"))  # as tables have whole numbers
-                else:
-                    row[name] = text_of(row[name])
-            except (argparse.ArgumentTypeError, TypeError) as error:
-                raise SystemExit(f"--prompts {file}: {name} of row {number} {error}.")
-        known.append(row)
-    if others:
-        print(f"--prompts {file}: columns that are not read: {', '.join(sorted(others))}", file=sys.stderr)
-    return known
-
-
-def make_jobs(args, rows):
-    """Returns a job for each picture: its file's name, prompt, settings, seed, and number among those of both.
-
-    By the number, no two pictures of a prompt and a seed are alike.
-    """
-    jobs = []
-    numbers = collections.Counter()
-    for place, row in enumerate(rows):
-        settings = {name: row.get(name, getattr(args, name)) for name in ("negative_prompt", "image", *NUMBERS)}
-        if settings["image"] and not os.path.isfile(settings["image"]):
-            raise SystemExit(f"There is no picture {settings['image']}.")
-        for copy in range(args.num_images_per_prompt):
-            job = {"file_name": f"{place:05d}-{copy}.png", "prompt": row["prompt"], **settings}
-            job["number"] = numbers[job["prompt"], job["seed"]]
-            numbers[job["prompt"], job["seed"]] += 1
-            jobs.append(job)
-    return jobs
 
 
 # === Flags: the same in every script ===
@@ -168,7 +97,8 @@ def make_jobs(args, rows):
 #   parse_args(argv)
 #       parses the command line with a Parser and read_flags, and says what is wrong with it
 #
-# They offer: types of values (positive_int and the like, path_name, switch), is_writable, Parser, read_flags.
+# They offer: types of values (positive_int and the like, path_name, switch), is_writable, cache_folder, Parser,
+# read_flags.
 
 
 def bounded(text, kind, low, high=sys.float_info.max):
@@ -231,7 +161,14 @@ def is_writable(folder):
     """Tells whether a folder can be written to or, if there is none, made."""
     places = (Path(folder), *Path(folder).absolute().parents)
     nearest = next(place for place in places if os.path.lexists(place))
-    return os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK)
+    unknown_home = Path(folder).parts[:1] == ("~",)  # which could not be expanded
+    return not unknown_home and os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK)
+
+
+def cache_folder(args):
+    """Where this machine keeps checked pictures, latents, embeddings and features between runs."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(args.encoding_cache_dir or Path(home, "diffusion-training"))
 
 
 def unrecognized(flag, flags):
@@ -355,6 +292,115 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 
+# The jobs: one for each picture
+
+
+def read_prompts(file):
+    """Returns the rows of a file of prompts: dictionaries of some of COLUMNS, each with a prompt."""
+    kinds = dict.fromkeys(("num_inference_steps", "height", "width"), positive_int)
+    kinds |= {"seed": seed_number, "guidance_scale": non_negative, "image_guidance_scale": non_negative}
+    rows = read_rows(Path(file))
+    if not rows:
+        raise SystemExit(f"--prompts {file} holds no prompt.")
+    known = []
+    for number, row in enumerate(rows, 1):
+        row["prompt"] = row.get("prompt") or row.get("text")
+        if not row["prompt"]:
+            raise SystemExit(f"--prompts {file}: row {number} has no column prompt or text, or nothing in it.")
+        checked = {}
+        for name in [name for name in COLUMNS if row.get(name) not in (None, "")]:
+            try:
+                if name in kinds:
+                    checked[name] = kinds[name](str(row[name]).removesuffix(".0"))  # as tables have whole numbers
+                else:
+                    checked[name] = text_of(row[name])
+            except (argparse.ArgumentTypeError, TypeError) as error:
+                raise SystemExit(f"--prompts {file}: {name} of row {number} {error}.")
+        known.append(checked)
+    if others := {name for row in rows for name in row} - {*COLUMNS}:
+        print(f"--prompts {file}: columns that are not read: {', '.join(sorted(others))}", file=sys.stderr)
+    return known
+
+
+def make_jobs(args):
+    """Returns a job for each picture: its file's name, prompt, settings, seed, and number among those of both.
+
+    By the number, no two pictures of a prompt and a seed are alike.
+    """
+    rows = read_prompts(args.prompts) if args.prompts else [{"prompt": prompt} for prompt in args.prompt or [""]]
+    jobs = []
+    numbers = collections.Counter()
+    for place, row in enumerate(rows):
+        settings = {name: row.get(name, getattr(args, name)) for name in ("negative_prompt", "image", *NUMBERS)}
+        if settings["image"] and not os.path.isfile(settings["image"]):
+            raise SystemExit(f"There is no picture {settings['image']}.")
+        for copy in range(args.num_images_per_prompt):
+            job = {"file_name": f"{place:05d}-{copy}.png", "prompt": row["prompt"], **settings}
+            job["number"] = numbers[job["prompt"], job["seed"]]
+            numbers[job["prompt"], job["seed"]] += 1
+            jobs.append(job)
+    return jobs
+
+
+def fill_in(jobs, pipeline, resolution):
+    """Gives jobs the settings that were left open: the run's resolution, if it is known, and the pipeline's own.
+
+    What is drawn from a picture has its shape, with the resolution as the shorter side, or else its size. The second
+    model of --compare draws with what the first one filled in.
+    """
+    parameters = inspect.signature(pipeline.__call__).parameters
+    for job in jobs:
+        if job["image"]:
+            width, height = open_picture(job["image"]).size
+            scale = resolution / min(width, height) if resolution else 1
+            job["width"] = job["width"] or max(8, round(width * scale / 8) * 8)
+            job["height"] = job["height"] or max(8, round(height * scale / 8) * 8)
+        for name in NUMBERS:
+            if job[name] is None and name in parameters:
+                job[name] = parameters[name].default
+        for name in ("width", "height"):
+            if job[name] is None and name in parameters:
+                job[name] = resolution
+
+
+def noise_seed(job):
+    """Returns the seed of a picture's noise, from its seed, prompt and number: 32 bits, as torch keeps no more."""
+    named = json.dumps([job["seed"], job["prompt"], job["number"]])
+    return int(hashlib.blake2b(named.encode(), digest_size=4).hexdigest(), 16)
+
+
+def missing_jobs(folder, jobs, settings):
+    """Lists what is still to be drawn; refuses a folder with a picture that was drawn in another way."""
+    missing = []
+    for job in jobs:
+        file = folder / job["file_name"]
+        if not file.exists():
+            missing.append(job)
+            continue
+        wanted = job | settings
+        try:
+            with Image.open(file) as image:
+                drawn = dict(json.loads(image.info["settings"]))
+        except Exception:  # Pillow raises nearly anything
+            raise SystemExit(f"{file} is none of this program's pictures: take another --output_dir.")
+        if changed := [name for name in wanted if drawn.get(name) != wanted[name]]:
+            raise SystemExit(f"{file} was drawn with another {', another '.join(changed)}: take another --output_dir.")
+    return missing
+
+
+def make_batches(jobs, batch_size):
+    """Returns jobs in batches whose pictures a pipeline can draw together."""
+    groups = {}
+    for job in jobs:
+        alike = [job[name] for name in NUMBERS if name != "seed"]
+        alike += [job["negative_prompt"] is None, job["image"] is None]
+        groups.setdefault(tuple(alike), []).append(job)
+    batches = []
+    for group in groups.values():
+        batches += [group[first : first + batch_size] for first in range(0, len(group), batch_size)]
+    return batches
+
+
 # The pictures
 
 
@@ -386,35 +432,8 @@ def prepare(args, pipeline, device):
     }
 
 
-def fill_in(jobs, pipeline, resolution):
-    """Gives jobs the settings that were left open: the run's resolution, if it is known, and the pipeline's own.
-
-    What is drawn from a picture has its shape, with the resolution as the shorter side, or else its size. The second
-    model of --compare draws with what the first one filled in.
-    """
-    parameters = inspect.signature(pipeline.__call__).parameters
-    for job in jobs:
-        if job["image"]:
-            width, height = open_picture(job["image"]).size
-            scale = resolution / min(width, height) if resolution else 1
-            job["width"] = job["width"] or max(8, round(width * scale / 8) * 8)
-            job["height"] = job["height"] or max(8, round(height * scale / 8) * 8)
-        for name in NUMBERS:
-            if job[name] is None and name in parameters:
-                job[name] = parameters[name].default
-        for name in ("width", "height"):
-            if job[name] is None and name in parameters:
-                job[name] = resolution
-
-
-def noise_seed(job):
-    """Returns the seed of a picture's noise, from its seed, prompt and number: 32 bits, as torch keeps no more."""
-    named = json.dumps([job["seed"], job["prompt"], job["number"]])
-    return int(hashlib.blake2b(named.encode(), digest_size=4).hexdigest(), 16)
-
-
 def draw(pipeline, jobs):
-    """Draws the pictures of jobs of one batch_key."""
+    """Draws the pictures of a batch."""
     parameters = inspect.signature(pipeline.__call__).parameters
     first = jobs[0]
     given = {name: first[name] for name in NUMBERS if name != "seed" and first[name] is not None}
@@ -458,52 +477,7 @@ def save_picture(image, file, job, settings):
     replace_file(file, png_bytes(image, pnginfo=notes))
 
 
-def missing_jobs(folder, jobs, settings):
-    """Lists what is still to be drawn; refuses a folder with a picture that was drawn in another way."""
-    missing = []
-    for job in jobs:
-        file = folder / job["file_name"]
-        if not file.exists():
-            missing.append(job)
-            continue
-        wanted = job | settings
-        try:
-            with Image.open(file) as image:
-                drawn = dict(json.loads(image.info["settings"]))
-        except Exception:  # Pillow raises nearly anything
-            raise SystemExit(f"{file} is none of this program's pictures: take another --output_dir.")
-        if changed := [name for name in wanted if drawn.get(name) != wanted[name]]:
-            raise SystemExit(f"{file} was drawn with another {', another '.join(changed)}: take another --output_dir.")
-    return missing
-
-
-def batch_key(job):
-    """Returns what has to be equal for two pictures to be drawn in one batch."""
-    alike = [job[name] for name in NUMBERS if name != "seed"]
-    return (*alike, job["negative_prompt"] is None, job["image"] is None)
-
-
-def make_batches(jobs, batch_size):
-    """Returns jobs in batches of one batch_key each."""
-    groups = {}
-    for job in jobs:
-        groups.setdefault(batch_key(job), []).append(job)
-    batches = []
-    for group in groups.values():
-        batches += [group[first : first + batch_size] for first in range(0, len(group), batch_size)]
-    return batches
-
-
-def end_if_asked(state, stop):
-    """Ends the process if a signal came."""
-    if stop.signum:
-        if state.is_main_process:
-            name = signal.Signals(stop.signum).name
-            print(f"Stopped by {name}. The same command draws what is missing.", file=sys.stderr)
-        raise SystemExit(128 + stop.signum)
-
-
-def draw_missing(args, state, models, folder, stop):
+def draw_missing(args, state, stop, models, jobs, folder):
     """Draws what a folder lacks of the jobs, ranks by turns; returns how many pictures that is."""
     try:
         pipeline, _ = open_model(models, args.base, args.lora_scale)
@@ -514,52 +488,49 @@ def draw_missing(args, state, models, folder, stop):
     parameters = inspect.signature(pipeline.__call__).parameters
     if "prompt" in parameters and not (args.prompt or args.prompts):
         raise SystemExit(f"{' '.join(models)} draws from prompts: give --prompt or --prompts.")
-    if "image" in parameters and not all(job["image"] for job in args.jobs):
+    if "image" in parameters and not all(job["image"] for job in jobs):
         raise SystemExit(f"{' '.join(models)} draws from pictures: give --image, or --prompts with a column image.")
-    fill_in(args.jobs, pipeline, resolution)
+    fill_in(jobs, pipeline, resolution)
     end_if_asked(state, stop)  # as the model was loaded
     # Rank 0 alone looks, before any draws: others would find what has been drawn since.
-    missing = broadcast_object_list([missing_jobs(folder, args.jobs, settings) if state.is_main_process else None])[0]
+    missing = broadcast_object_list([missing_jobs(folder, jobs, settings) if state.is_main_process else None])[0]
     mine = make_batches(missing, args.batch_size)[state.process_index :: state.num_processes]
-    for jobs in tqdm(mine, "drawing", disable=not state.is_main_process):
-        for job, image in zip(jobs, draw(pipeline, jobs)):
+    for batch in tqdm(mine, "drawing", disable=not state.is_main_process):
+        for job, image in zip(batch, draw(pipeline, batch)):
             save_picture(image, folder / job["file_name"], job, settings)
         end_if_asked(state, stop)
     return len(missing)
 
 
-# The folder
-
-
 def write_metadata(folder, jobs):
     """Writes a row for each picture, also for those of earlier jobs: its file, its prompt as "text", its settings."""
     file = folder / "metadata.jsonl"
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
-    rows = {row["file_name"]: row for row in map(json.loads, lines) if (folder / row["file_name"]).exists()}
+    earlier = read_rows(file) if file.exists() else []
+    rows = {row["file_name"]: row for row in earlier if (folder / row["file_name"]).exists()}
     rows |= {job["file_name"]: {"text": job["prompt"]} | job for job in jobs}
     lines = [json.dumps(rows[name], ensure_ascii=False) + "\n" for name in sorted(rows)]
     replace_file(file, "".join(lines).encode())
 
 
-def write_grid(folders, jobs, file):
-    """Writes a sheet of the first 64 pictures, 8 a row; those of a second model stand below the first one's."""
+def finish(folders, jobs, output_dir):
+    """Writes metadata.jsonl, and grid.png: 64 pictures, 8 a row, those of a second model below the first one's."""
+    files = [folder / job["file_name"] for folder in folders for job in jobs]
+    lost = sum(not file.exists() for file in files)
+    if lost:
+        way_out = "take an --output_dir that all machines share, or wait, and give the same command again"
+        raise SystemExit(f"{lost} pictures of other machines are not seen from here: {way_out}.")
+    for folder in folders:
+        write_metadata(folder, jobs)
     names = [job["file_name"] for job in jobs[:64]]
-    columns = min(8, len(names))
-    rows = math.ceil(len(names) / columns) * len(folders)
-    sheet = Image.new("RGB", (columns * 256, rows * 256), "white")
-    for number, name in enumerate(names):
-        for below, folder in enumerate(folders):
-            picture = ImageOps.pad(Image.open(folder / name).convert("RGB"), (256, 256), color="white")
-            row = number // columns * len(folders) + below
-            sheet.paste(picture, (number % columns * 256, row * 256))
-    replace_file(file, png_bytes(sheet))
+    rows = []
+    for first in range(0, len(names), 8):
+        rows += [[folder / name for name in names[first : first + 8]] for folder in folders]
+    write_sheet(rows, output_dir / "grid.png")
 
 
 def main(args):
     """Draws what --output_dir lacks. A signal ends it after the batch at hand, with 128 + signal."""
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    jobs = make_jobs(args)
     state = start_processes()
     stop = StopFlag()
     output_dir = Path(args.output_dir)
@@ -573,23 +544,14 @@ def main(args):
             take_lock(lock, output_dir)
         stop.listen()
         started = time.perf_counter()
-        drawn = 0
-        for folder, model in models.items():
-            drawn += draw_missing(args, state, model, folder, stop)
+        drawn = sum(draw_missing(args, state, stop, model, jobs, folder) for folder, model in models.items())
         seconds = time.perf_counter() - started
         with stop.ending_at_once():  # else none could end what waits for the others
             state.wait_for_everyone()
         if state.is_main_process:
-            files = [folder / job["file_name"] for folder in models for job in args.jobs]
-            lost = sum(not file.exists() for file in files)
-            if lost:
-                way_out = "take an --output_dir that all machines share, or wait, and give the same command again"
-                raise SystemExit(f"{lost} pictures of other machines are not seen from here: {way_out}.")
-            for folder in models:
-                write_metadata(folder, args.jobs)
-            write_grid([*models], args.jobs, output_dir / "grid.png")
+            finish([*models], jobs, output_dir)
             speed = f"{drawn / seconds:.2f} a second with loading, on {state.num_processes} processes"
-            there = len(files) - drawn
+            there = len(models) * len(jobs) - drawn
             print(f"{drawn} pictures drawn in {seconds:.1f} s ({speed}); {there} were there already.")
             print(f"All are in {' and '.join(map(str, models))}.")
     except OSError as error:  # such as a full disk
@@ -621,6 +583,9 @@ def open_model(models, base, scales):
 
     Returns the pipeline and the names of its adapters. What is wrong is a ValueError, or whatever diffusers raises.
     """
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     kinds = [kind_of(model) for model in models]
     flags = run_flags(models[0])
     parts = list(zip(models, kinds))
@@ -826,7 +791,8 @@ def with_inputs(pipeline):
 
 # === Programs: the same in generate.py and evaluate.py ===
 #
-# They ask nothing of the text above. They offer: start_processes, digest_of, open_picture, png_bytes.
+# They ask nothing of the text above. They offer: start_processes, end_if_asked, digest_of, read_rows,
+# open_picture, png_bytes, write_sheet.
 
 
 def start_processes():
@@ -837,6 +803,15 @@ def start_processes():
     return state
 
 
+def end_if_asked(state, stop):
+    """Ends this process if a signal came, which the others get, too, or else the launcher ends them."""
+    if stop.signum:
+        if state.is_main_process:
+            name = signal.Signals(stop.signum).name
+            print(f"Stopped by {name}. The same command goes on from here.", file=sys.stderr)
+        raise SystemExit(128 + stop.signum)
+
+
 def digest_of(models, settings):
     """Returns a digest of models' weights, and of settings that change what they do, as text."""
     digest = hashlib.blake2b(settings.encode(), digest_size=8)
@@ -844,6 +819,32 @@ def digest_of(models, settings):
         for weight in model.state_dict().values():
             digest.update(weight.cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def read_rows(file):
+    """Returns the rows of a .jsonl, .csv or .parquet as dictionaries, and of a .txt its lines as prompts."""
+    try:
+        if file.suffix == ".parquet":
+            from pyarrow import parquet
+
+            return parquet.read_table(file).to_pylist()
+        text = file.read_text(encoding="utf-8-sig")
+        if file.suffix == ".csv":
+            rows = list(csv.DictReader(io.StringIO(text), strict=True))
+        elif file.suffix == ".jsonl":
+            rows = list(read_json_lines(text.split("\n")))
+        elif file.suffix == ".txt":
+            rows = [{"prompt": line.strip()} for line in text.split("\n") if line.strip()]
+        else:
+            raise ValueError("it is none of .txt, .jsonl, .csv and .parquet")
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict):
+                raise ValueError(f"row {number} is no object, {{...}}")
+            if None in row:
+                raise ValueError(f"row {number} has more cells than the header: quote texts that have commas")
+        return rows
+    except Exception as error:  # anything, from a missing file to one that is torn
+        raise SystemExit(f"{file} cannot be read: {error}")
 
 
 def open_picture(file):
@@ -866,15 +867,33 @@ def png_bytes(image, **settings):
     return data.getvalue()
 
 
+def write_sheet(rows, file):
+    """Writes a sheet with rows of pictures, by their files, each in a square."""
+    side = 256
+    sheet = Image.new("RGB", (side * max(map(len, rows)), side * len(rows)), "white")
+    for top, pictures in enumerate(rows):
+        for left, picture in enumerate(pictures):
+            square = ImageOps.pad(open_picture(picture), (side, side), color="white")
+            sheet.paste(square, (side * left, side * top))
+    replace_file(file, png_bytes(sheet))
+
+
 # === End of programs ===
 
 
 # === Files and signals: the same in every script ===
 #
-# They ask nothing of the text above. They offer: open_image, replace_file, take_lock, failure, StopFlag.
+# They ask nothing of the text above. They offer: is_picture, open_image, read_json_lines, replace_file,
+# take_lock, failure, StopFlag.
 
 
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
 STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"} & {*dir(signal)}
+
+
+def is_picture(file):
+    """Whether a file is a picture by its name."""
+    return file.suffix.lower() in PICTURE_SUFFIXES
 
 
 def open_image(data):
@@ -894,6 +913,16 @@ def open_image(data):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def read_json_lines(lines):
+    """Yields what stands in lines of JSON, without blank ones."""
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                yield json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{error.msg} at character {error.pos} of line {number}")
 
 
 def replace_file(path, data):

@@ -426,12 +426,6 @@ def may_be_model(path):
     return os.path.isdir(path) or bool(by_its_form)
 
 
-def cache_folder(args):
-    """Where this machine keeps checked pictures, latents and embeddings between runs."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(args.encoding_cache_dir or Path(home, "diffusion-training"))
-
-
 def folder_problems(args, flag, folder):
     """Lists what can be wrong with the folder of the pictures, if that is how they are given."""
     cleared = args.overwrite_output_dir and lies_in(folder, args.output_dir)
@@ -458,8 +452,7 @@ def common_problems(args):
     resume, output_dir, cache = args.resume_from_checkpoint, args.output_dir, cache_folder(args)
     resumable = resume in (None, "latest") or os.path.isdir(resume) or os.path.isdir(Path(output_dir, resume))
     logs_apart = not lies_in(Path(output_dir, args.logging_dir), output_dir)
-    homeless = cache.parts[0] == "~"  # which could not be expanded
-    uncached = not args.no_encoding_cache and (homeless or not is_writable(cache))
+    uncached = not args.no_encoding_cache and not is_writable(cache)
     either_validation = "give --validation_steps or --validation_epochs, not both"
     either_start = "give --overwrite_output_dir or --resume_from_checkpoint, not both"
     inside = "has to lie in --output_dir, apart from other runs: tensorboard --logdir takes the folder above them all"
@@ -528,7 +521,8 @@ def parse_args(argv):
 #   parse_args(argv)
 #       parses the command line with a Parser and read_flags, and says what is wrong with it
 #
-# They offer: types of values (positive_int and the like, path_name, switch), is_writable, Parser, read_flags.
+# They offer: types of values (positive_int and the like, path_name, switch), is_writable, cache_folder, Parser,
+# read_flags.
 
 
 def bounded(text, kind, low, high=sys.float_info.max):
@@ -591,7 +585,14 @@ def is_writable(folder):
     """Tells whether a folder can be written to or, if there is none, made."""
     places = (Path(folder), *Path(folder).absolute().parents)
     nearest = next(place for place in places if os.path.lexists(place))
-    return os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK)
+    unknown_home = Path(folder).parts[:1] == ("~",)  # which could not be expanded
+    return not unknown_home and os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK)
+
+
+def cache_folder(args):
+    """Where this machine keeps checked pictures, latents, embeddings and features between runs."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(args.encoding_cache_dir or Path(home, "diffusion-training"))
 
 
 def unrecognized(flag, flags):
@@ -1034,16 +1035,6 @@ PIPELINES = {
 
 
 # Captions
-
-
-def read_json_lines(lines):
-    """Yields what stands in lines of JSON, without blank ones."""
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                yield json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{error.msg} at character {error.pos} of line {number}")
 
 
 def read_metadata(file, caption_column, others, image_column):
@@ -1791,12 +1782,11 @@ def fill_entries(run, models, jobs):
 #   loading_code(run, models, name) -> text
 #       the lines that load the result by its name, and make a picture
 #
-# What it offers them: list_files, is_picture, print_passed_over, digest, file_state, model_settings, weights_digest;
+# What it offers them: list_files, print_passed_over, digest, file_state, model_settings, weights_digest;
 # samples.rng, .choose_crop, .picture, .pixels; prepare_unet, prepare_average, make_optimizer; autocast,
 # prediction_target, snr_weights; together, on_main_process, save_result.
 
 
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
 VALIDATION_DRAWS = 4  # noises and timesteps for each held-out picture
 MOST_SKIPPED = 50  # steps in a row that fp16 may skip: from its first scale, 2^16, it needs no more than 16
 # What a run that is killed may have been writing: a checkpoint, or a file that replace_file was to put in place.
@@ -2176,11 +2166,6 @@ def list_files(folder):
         files += [Path(place, name) for name in names if not name.startswith(".")]
     # No pipes and the like, at which reading would wait; a link that leads nowhere is told of later.
     return sorted(file for file in files if os.path.isfile(file) or not os.path.exists(file))
-
-
-def is_picture(file):
-    """Whether a file is a picture by its name."""
-    return file.suffix.lower() in PICTURE_SUFFIXES
 
 
 def print_passed_over(files, read):
@@ -3480,10 +3465,17 @@ def main(args):
 
 # === Files and signals: the same in every script ===
 #
-# They ask nothing of the text above. They offer: open_image, replace_file, take_lock, failure, StopFlag.
+# They ask nothing of the text above. They offer: is_picture, open_image, read_json_lines, replace_file,
+# take_lock, failure, StopFlag.
 
 
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
 STOP_SIGNALS = {"SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"} & {*dir(signal)}
+
+
+def is_picture(file):
+    """Whether a file is a picture by its name."""
+    return file.suffix.lower() in PICTURE_SUFFIXES
 
 
 def open_image(data):
@@ -3503,6 +3495,16 @@ def open_image(data):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def read_json_lines(lines):
+    """Yields what stands in lines of JSON, without blank ones."""
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                yield json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{error.msg} at character {error.pos} of line {number}")
 
 
 def replace_file(path, data):

@@ -116,7 +116,7 @@ def test_a_signal_ends_it_after_the_picture(start, draw, tiny_model, tmp_path):
     process.until(lambda: len(list((tmp_path / "out").glob("pictures/*.png"))) > 1)
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(20) == 143
-    assert "Stopped by SIGTERM. The same command draws what is missing." in process.output()
+    assert "Stopped by SIGTERM. The same command goes on from here." in process.output()
     drawn = state_of(tmp_path / "out" / "pictures")
     assert 1 < len(drawn) < 40 and not any(name.endswith(".tmp") for name in drawn)
     assert drawn.items() <= state_of(draw("out", *flags) / "pictures").items()
@@ -442,7 +442,7 @@ def test_numbers_of_tables(tmp_path):
         ('{"prompt": "x", "seed": Infinity}', "seed of row 2 must be a number"),
         ('{"prompt": "x", "image": 3}', "image of row 2 expected string"),
         ('{"prompt": "x\\ud800"}', "prompt of row 2 must be text in UTF-8"),
-        ('["x"]', "row 2 has no column prompt or text"),
+        ('["x"]', "p.jsonl cannot be read: row 2 is no object, {...}"),
         ('{"prompt": ""}', "row 2 has no column prompt or text, or nothing in it"),
     ],
 )
@@ -457,7 +457,7 @@ def test_a_typed_prompt_wins_over_a_file_of_flags(tmp_path, monkeypatch):
     """As the two say the same."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "flags.yaml").write_text("model: [a]\nprompts: gone.txt\n")
-    (job,) = generate.parse_args(["--config", "flags.yaml", "--prompt", "a cat"]).jobs
+    (job,) = generate.make_jobs(generate.parse_args(["--config", "flags.yaml", "--prompt", "a cat"]))
     assert job["prompt"] == "a cat"
 
 
@@ -486,10 +486,11 @@ def test_prompts_of_odd_lines(tmp_path):
         ("--seed 1", "draws from prompts: give --prompt or --prompts"),
         ("--prompts none.txt", "none.txt cannot be read: .*No such file"),
         ("--prompts empty.txt", "empty.txt holds no prompt"),
-        ("--prompts a.odt", "a.odt is none of .txt, .jsonl"),
+        ("--prompts a.odt", "a.odt cannot be read: it is none of .txt, .jsonl"),
         ("--prompts a.jsonl", "a.jsonl: row 1 has no column prompt or text"),
         ("--prompts list.jsonl", "list.jsonl: prompt of row 1 expected string"),
-        ("--prompts torn.jsonl", "torn.jsonl cannot be read: Expecting value"),
+        ("--prompts torn.jsonl", "torn.jsonl cannot be read: Expecting value at character 0 of line 1"),
+        ("--prompts wide.csv", "wide.csv cannot be read: row 2 has more cells than the header: quote texts"),
         ("--prompts seed.jsonl", "seed.jsonl: seed of row 1 must be a number of type int from 0"),
         ("--prompt x --image none.png", "There is no picture none.png"),
         ("--prompt x --scheduler Nothing", "--scheduler Nothing is none of diffusers"),
@@ -515,6 +516,7 @@ def test_refused(draw, tmp_path, monkeypatch, capsys, flags, said):
         "list.jsonl": '{"prompt": [1]}',
         "a.jsonl": '{"caption": "x"}',
         "torn.jsonl": "x",
+        "wide.csv": "prompt,seed\na,1\na cat, sitting,2\n",
     }
     for name, text in {**texts, "seed.jsonl": '{"prompt": "x", "seed": "x"}'}.items():
         (tmp_path / name).write_text(text)
