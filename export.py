@@ -375,7 +375,7 @@ def kohya_file(args, pipeline, flags, adapter):
 def write_file(tensors, metadata, output):
     """Writes a safetensors file, beside its place first."""
     tensors = {name: weight.contiguous() for name, weight in tensors.items()}
-    beside = output.with_name(f".{output.name}.tmp")
+    beside = output.with_name(f".{output.name}.{os.urandom(4).hex()}.tmp")  # two of them may be at work
     try:
         beside.touch()
         mode = beside.stat().st_mode  # of new files; safetensors makes its own their owner's alone
