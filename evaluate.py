@@ -59,10 +59,11 @@ import yaml
 
 
 FOLDERS = ("images", "compare", "originals", "reference")
-NEEDS = {"clip_score": None, "clip_directional": "originals"}  # what a metric takes beside --images and captions
-NEEDS |= dict.fromkeys(("clip_i", "kid", "cmmd", "frechet", "fid"), "reference")
-CAPTIONED = {"clip_score", "clip_directional"}
-OF_EACH = CAPTIONED | {"clip_i"}  # which give a number for each picture; the others are distances
+# What a metric takes beside the features of the pictures.
+CAPTIONED = {"clip_score": ["captions of images"]}
+CAPTIONED["clip_directional"] = ["captions of images", "originals", "captions of originals"]
+TAKES = CAPTIONED | dict.fromkeys(("clip_i", "kid", "cmmd", "frechet", "fid"), ["reference"])
+OF_EACH = {*CAPTIONED, "clip_i"}  # which give a number for each picture; the others are distances
 LEAST = {"kid": 20, "cmmd": 20, "fid": 2049}  # pictures of a distance; of frechet, one more than a feature is long
 
 
@@ -74,14 +75,14 @@ def parse_args(argv):
     add("--compare", type=path_name, help="folder of other pictures of the same names, prompts and seeds")
     add("--reference", type=path_name, help="folder of pictures to be like; captions are not read")
     add("--originals", type=path_name, help="folder of what was edited, of the same names, with captions of its own")
-    add("--metrics", nargs="+", choices=[*NEEDS], default=["clip_score"], metavar="METRIC", help=", ".join(NEEDS))
+    add("--metrics", nargs="+", choices=[*TAKES], default=["clip_score"], metavar="METRIC", help=", ".join(TAKES))
     add("--clip_model", default="openai/clip-vit-large-patch14", help="folder or Hub id of a CLIP of transformers")
     add("--caption_column", default="text", help="column of the metadata that holds the captions")
     add("--batch_size", type=positive_int, default=32, help="pictures at once")
     add("--encoding_cache_dir", type=path_name, help="where features are kept (~/.cache/diffusion-training)")
     add("--output_dir", type=path_name, default="evaluated", help="folder of the results")
     args = read_flags(parser, argv, refused={}, replaces={})
-    needed = {NEEDS[metric]: metric for metric in args.metrics}
+    needed = {name: metric for metric in args.metrics for name in TAKES[metric]}
     for flag in ("reference", "originals"):
         if flag in needed and not getattr(args, flag):
             parser.error(f"--metrics {needed[flag]} needs --{flag}")
@@ -309,31 +310,37 @@ from transformers.utils.logging import disable_progress_bar
 def read_folders(args):
     """Returns the pictures of each folder by their names; those of a pair are in the same order."""
     folders = {flag: read_folder(args, flag, Path(getattr(args, flag))) for flag in FOLDERS if getattr(args, flag)}
-    for flag in ("compare", "originals"):
-        if flag in folders:
-            folders[flag] = paired(folders["images"], folders[flag], flag)
+    images = folders["images"]
+    for flag in [flag for flag in folders if flag in ("compare", "originals")]:
+        for name in images.keys() ^ folders[flag].keys():
+            lacking = flag if name in images else "images"
+            raise SystemExit(f"--images and --{flag} take pictures of the same names, and --{lacking} has no {name}.")
+        folders[flag] = {name: folders[flag][name] for name in images}
+    for picture, other in zip(images.values(), folders.get("compare", {}).values()):
+        for key in ("caption", "seed"):
+            if other[key] != picture[key]:
+                told = f"{other['file']} has the {key} {other[key]!r}, and {picture['file']} {picture[key]!r}"
+                raise SystemExit(f"{told}: draw both with the same prompts and seeds, as generate.py --compare does.")
     return folders
 
 
 def read_folder(args, flag, folder):
     """Returns the pictures of a folder by their names: the file, its caption and seed, which are None if not told."""
-    rows = {}
-    for metadata in (folder / "metadata.csv", folder / "metadata.jsonl"):
-        if metadata.is_file():
-            rows |= {row.get("file_name"): row for row in read_rows(metadata)}
-    captioned = flag in ("images", "originals") and CAPTIONED & {*args.metrics}
+    rows = {} if flag == "reference" else read_metadata(folder)
+    captioned = flag in ("images", "originals") and CAPTIONED.keys() & {*args.metrics}
     pictures = {}
     for file in sorted(folder.iterdir()):
         if not is_picture(file) or file.name.startswith(".") or file.is_dir():
             continue
-        row = rows.get(file.name, {})
-        caption, beside = row.get(args.caption_column), file.with_suffix(".txt")
+        row, beside = rows.get(file.name, {}), file.with_suffix(".txt")
         try:
             digest = hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
-            if caption is None and beside.is_file():
+            caption = row.get(args.caption_column)
+            if not caption and flag != "reference" and beside.is_file():
                 caption = beside.read_text(encoding="utf-8-sig").strip()
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"{file}, or the text beside it, cannot be read: {error}")
+            text_of(f"{file} {caption}")
+        except (OSError, ValueError, argparse.ArgumentTypeError) as error:
+            raise SystemExit(f"{file}, or its caption, cannot be read: {error}")
         if file.stem in pictures:
             raise SystemExit(f"--{flag} {folder} has two pictures named {file.stem}: rename one.")
         if captioned and not (caption and isinstance(caption, str)):
@@ -353,17 +360,6 @@ def check_count(flag, pictures, metric, least):
         raise SystemExit(f"{sentence} {len(pictures)}: give more, or take another metric.")
 
 
-def paired(images, others, flag):
-    """Returns a folder's pictures in the order of --images; refuses those of other names, prompts or seeds."""
-    if alone := images.keys() ^ others.keys():
-        raise SystemExit(f"--images and --{flag} take pictures of the same names, and one has no {min(alone)}.")
-    for name, picture in images.items():
-        other = others[name]
-        if flag == "compare" and (other["caption"], other["seed"]) != (picture["caption"], picture["seed"]):
-            raise SystemExit(f"{other['file']} has another prompt or seed than {picture['file']}.")
-    return {name: others[name] for name in images}
-
-
 # Features
 
 
@@ -372,6 +368,8 @@ def load_clip(name, device):
     try:
         model = CLIPModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32).to(device).eval()
         processor, tokenizer = CLIPImageProcessorPil.from_pretrained(name), CLIPTokenizer.from_pretrained(name)
+        if 2 * len(tokenizer) < model.config.text_config.vocab_size:  # as without files of one
+            raise ValueError(f"its tokenizer knows only {len(tokenizer)} tokens")
     except Exception as error:  # transformers raises nearly anything over files that it cannot use
         raise SystemExit(f"--clip_model {name} cannot be loaded as a CLIP of safetensors files: {error}")
 
@@ -384,11 +382,9 @@ def load_clip(name, device):
         cut = sum(len(words) > longest for words in tokenizer(captions).input_ids)
         if cut:
             print(f"{cut} captions have more than {longest} tokens: their ends are not seen.")
-        features = []
-        for first in range(0, len(captions), 256):
-            part = captions[first : first + 256]
-            tokens = tokenizer(part, padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
-            features.append(model.get_text_features(**tokens.to(device)).pooler_output.cpu())
+        whole = {"padding": "max_length", "max_length": longest, "truncation": True, "return_tensors": "pt"}
+        tokens = tokenizer(captions, **whole).input_ids.to(device)
+        features = [model.get_text_features(part).pooler_output.cpu() for part in tokens.split(256)]
         return torch.cat(features).double()
 
     digest = digest_of([model], model.config.to_json_string() + processor.to_json_string())
@@ -414,40 +410,43 @@ def encode(args, state, stop, encoder, of_pictures, pictures):
     Each is kept as it is made, by the encoder's digest and its own, so that a signal or a broken picture loses none.
     """
     cache = cache_folder(args) / "features" / encoder
-    files = {picture["digest"]: picture["file"] for picture in pictures.values()}
-    mine = [*files][state.process_index :: state.num_processes]
+    mine = [*pictures.values()][state.process_index :: state.num_processes]
     features = {}
-    for digest in mine:
-        with contextlib.suppress(OSError, SafetensorError):  # there is none yet, or it is torn
-            features[digest] = load_file(cache / digest)["features"]
-    missing = [digest for digest in mine if digest not in features]
-    for first in tqdm(range(0, len(missing), args.batch_size), "encoding", disable=not state.is_main_process):
-        batch = missing[first : first + args.batch_size]
-        for digest, row in zip(batch, of_pictures([open_picture(files[digest]) for digest in batch])):
-            features[digest] = row.clone()  # no view, which cannot be saved
-            with contextlib.suppress(OSError):  # such as a full disk
-                replace_file(cache / digest, save({"features": features[digest]}))
-        end_if_asked(state, stop)
-    with stop.ending_at_once():  # else none could end what waits for the others
-        parts = gather_object([features])
-    features = {digest: row for part in parts for digest, row in part.items()}
+    for picture in mine:
+        with contextlib.suppress(OSError, SafetensorError, KeyError):  # there is none yet, or it is torn
+            features[picture["digest"]] = load_file(cache / picture["digest"])["features"]
+    missing = [picture for picture in mine if picture["digest"] not in features]
+    idle = not (state.is_main_process and missing)
+    with ending_together(args, state, stop):
+        for batch in tqdm(batches_of(missing, args.batch_size), "encoding", disable=idle):
+            rows = of_pictures([open_picture(picture["file"]) for picture in batch])
+            for picture, row in zip(batch, rows):
+                features[picture["digest"]] = row.clone()  # no view, which would be sent with its batch
+                with contextlib.suppress(OSError):  # such as a full disk
+                    replace_file(cache / picture["digest"], save({"features": row.clone()}))
+            if stop.signum:
+                break
+    features = dict(gather_object([*features.items()]))
     return torch.stack([features[picture["digest"]] for picture in pictures.values()]).double()
 
 
 def all_features(args, state, stop, folders):
     """Returns the features of each folder by its flag, and the others that metrics take, by their names."""
-    model, encoder, of_pictures, of_captions = load_clip(args.clip_model, state.device)
-    if "frechet" in args.metrics:
-        for flag, pictures in folders.items():
-            check_count(flag, pictures, "frechet", model.config.projection_dim + 1)
+    with ending_together(args, state, stop):
+        model, encoder, of_pictures, of_captions = load_clip(args.clip_model, state.device)
+        for flag in folders if "frechet" in args.metrics else ():
+            check_count(flag, folders[flag], "frechet", model.config.projection_dim + 1)
     features = {flag: encode(args, state, stop, encoder, of_pictures, folders[flag]) for flag in folders}
     if "fid" in args.metrics:
         encoder, of_pictures = load_inception(state.device)
         for flag in [flag for flag in folders if flag != "originals"]:
             features[f"inception of {flag}"] = encode(args, state, stop, encoder, of_pictures, folders[flag])
-    if state.is_main_process and CAPTIONED & {*args.metrics}:
-        for flag in [flag for flag in folders if flag in ("images", "originals")]:
+    for flag in [flag for flag in folders if flag in ("images", "originals")]:
+        if state.is_main_process and CAPTIONED.keys() & {*args.metrics}:
             features[f"captions of {flag}"] = of_captions([picture["caption"] for picture in folders[flag].values()])
+    for name, rows in features.items():
+        if not rows.isfinite().all():
+            raise SystemExit(f"--clip_model {args.clip_model} gives features of {name} that are not finite.")
     return features
 
 
@@ -512,18 +511,15 @@ def cmmd(x, y):
     return 1000 * (mean_kernel(kernel, x, x) + mean_kernel(kernel, y, y) - 2 * mean_kernel(kernel, x, y))
 
 
+FORMULAS = {"clip_score": clip_score, "clip_directional": clip_directional, "clip_i": clip_i}
+FORMULAS |= {"kid": kid, "cmmd": cmmd, "frechet": frechet, "fid": frechet}
+
+
 def values_of(metric, features, flag, rows=slice(None), others=slice(None)):
     """Returns a metric of some pictures of a folder: rows are their numbers, others those of --reference to take."""
-    pictures = features[flag][rows]
-    if metric == "clip_score":
-        return clip_score(pictures, features["captions of images"][rows])
-    if metric == "clip_directional":
-        captions, original_captions = features["captions of images"][rows], features["captions of originals"][rows]
-        return clip_directional(pictures, captions, features["originals"][rows], original_captions)
-    if metric == "fid":
-        return frechet(features[f"inception of {flag}"][rows], features["inception of reference"][others])
-    formula = {"clip_i": clip_i, "kid": kid, "cmmd": cmmd, "frechet": frechet}[metric]
-    return formula(pictures, features["reference"][others])
+    encoder = "inception of " if metric == "fid" else ""
+    names = [flag, *TAKES[metric]]
+    return FORMULAS[metric](*[features[encoder + name][others if name == "reference" else rows] for name in names])
 
 
 # Intervals
@@ -553,22 +549,18 @@ def intervals(statistics, most, *counts):
     return [{"value": v, "low": v - r, "high": v + r} for v, r in zip(values.tolist(), reaches.tolist())]
 
 
-def measure(args, features):
-    """Returns, by metric, what each folder has and how the second one differs, each with its interval."""
-    results = {}
-    columns = ["images", "compare", "difference"] if args.compare else ["images"]
-    for metric in tqdm(args.metrics, "measuring"):
-        counts = [len(features["images"])]
-        if NEEDS[metric] == "reference":
-            counts.append(len(features["reference"]))
+def measure(metric, folders, features):
+    """Returns what each folder has of a metric, and how the second one differs, each with its interval."""
+    flags = [flag for flag in ("images", "compare") if flag in folders]
+    sets = ["images", "reference"] if "reference" in TAKES[metric] else ["images"]
 
-        def figures(*rows, metric=metric):
-            values = [values_of(metric, features, flag, *rows).mean().item() for flag in columns[:2]]
-            return [*values, values[1] - values[0]] if args.compare else values
+    def figures(*rows):
+        values = [values_of(metric, features, flag, *rows).mean().item() for flag in flags]
+        return [*values, *np.diff(values)]  # which of one value is none
 
-        most = 200 if metric in OF_EACH else 20  # as distances take their time
-        results[metric] = dict(zip(columns, intervals(figures, most, *counts)))
-    return results
+    most = 200 if metric in OF_EACH else 20  # as distances take their time
+    found = intervals(figures, most, *[len(folders[flag]) for flag in sets])
+    return dict(zip(("images", "compare", "difference"), found))
 
 
 # The results
@@ -584,42 +576,42 @@ def verdict(metric, difference):
 
 
 def report(args, folders, results):
-    """Prints a table of the figures, and says where the second folder differs."""
+    """Prints the figures, and says where the second folder differs."""
     counts = [f"{len(pictures)} {flag}" for flag, pictures in folders.items()]
     print(f"{args.clip_model}; {', '.join(counts)}")
     for metric, figures in results.items():
         for column, figure in figures.items():
             print(f"{metric:<18}{column:<12}" + "{value:.4g} ({low:.4g} to {high:.4g})".format(**figure))
-    for metric, figures in results.items():
         if args.compare:
             print(f"{metric}: {verdict(metric, figures['difference'])}")
 
 
-def picture_rows(args, folders, features):
+def picture_rows(folders, features, metrics):
     """Returns a row for each picture: its folder, file and caption, and its own metrics."""
     rows = []
     for flag in [flag for flag in ("images", "compare") if flag in folders]:
-        values = {metric: values_of(metric, features, flag) for metric in args.metrics if metric in OF_EACH}
+        values = {metric: values_of(metric, features, flag).tolist() for metric in metrics}
         for number, picture in enumerate(folders[flag].values()):
             row = {"folder": flag, "file": str(picture["file"]), "caption": picture["caption"]}
-            rows.append(row | {metric: values[metric][number].item() for metric in values})
+            rows.append(row | {metric: values[metric][number] for metric in metrics})
     return sorted(rows, key=lambda row: (row["folder"] == "compare", row["file"]))
 
 
-def write_results(args, folders, results, rows):
+def write_results(args, folders, features, results):
     """Writes metrics.json, pictures.csv, and the ten best and ten worst pictures of --images by the first metric."""
     output_dir = Path(args.output_dir)
+    sheet = output_dir / "best_and_worst.png"
+    sheet.unlink(missing_ok=True)  # of other pictures
     told = {flag: {"folder": getattr(args, flag), "pictures": len(pictures)} for flag, pictures in folders.items()}
     figures = {"clip_model": args.clip_model, **told, "metrics": results}
     replace_file(output_dir / "metrics.json", (json.dumps(figures, indent=1) + "\n").encode())
+    metrics = [metric for metric in results if metric in OF_EACH]
+    rows = picture_rows(folders, features, metrics)
     lines = io.StringIO()
     writer = csv.DictWriter(lines, [*rows[0]], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     replace_file(output_dir / "pictures.csv", lines.getvalue().encode())
-    sheet = output_dir / "best_and_worst.png"
-    sheet.unlink(missing_ok=True)  # of other pictures
-    metrics = [metric for metric in args.metrics if metric in OF_EACH]
     if metrics:
         images = [row for row in rows if row["folder"] == "images"]
         ranked = [row["file"] for row in sorted(images, key=lambda row: -row[metrics[0]])]
@@ -631,28 +623,26 @@ def write_results(args, folders, results, rows):
 def main(args):
     """Measures the pictures; ranks share their features, and the first one says and writes the results."""
     disable_progress_bar()
-    folders = read_folders(args)
     state = start_processes()
     stop = StopFlag()
-    stop.listen()
+    with ending_together(args, state, stop):
+        folders = read_folders(args)
+        stop.listen()
     features = all_features(args, state, stop, folders)
-    with stop.ending_at_once():  # as what follows takes seconds
+    with ending_together(args, state, stop):
         if state.is_main_process:
-            results = measure(args, features)
-            report(args, folders, results)
-            try:
-                write_results(args, folders, results, picture_rows(args, folders, features))
-            except OSError as error:  # such as a full disk
-                raise SystemExit(failure("Writing", args.output_dir, error))
-            print(f"More is in {args.output_dir}.")
-        state.wait_for_everyone()
+            with stop.ending_at_once():  # as features are kept
+                results = {metric: measure(metric, folders, features) for metric in args.metrics}
+                report(args, folders, results)
+                write_results(args, folders, features, results)
+                print(f"More is in {args.output_dir}.")
     state.destroy_process_group()
 
 
 # === Programs: the same in generate.py and evaluate.py ===
 #
-# They ask nothing of the text above. They offer: start_processes, end_if_asked, digest_of, read_rows,
-# open_picture, png_bytes, write_sheet.
+# They ask nothing of the text above. They offer: start_processes, ending_together, digest_of, batches_of, read_rows,
+# read_metadata, open_picture, png_bytes, write_sheet.
 
 
 def start_processes():
@@ -663,13 +653,28 @@ def start_processes():
     return state
 
 
-def end_if_asked(state, stop):
-    """Ends this process if a signal came, which the others get, too, or else the launcher ends them."""
-    if stop.signum:
-        if state.is_main_process:
-            name = signal.Signals(stop.signum).name
-            print(f"Stopped by {name}. The same command goes on from here.", file=sys.stderr)
-        raise SystemExit(128 + stop.signum)
+@contextlib.contextmanager
+def ending_together(args, state, stop):
+    """Runs a block, which all processes leave together, and ends them all if one failed or was sent a signal.
+
+    The first one says why. In the block they may not wait for each other, as one of them may leave it early.
+    """
+    problem = None
+    try:
+        yield
+    except SystemExit as error:
+        problem = error.code
+    except OSError as error:  # such as a full disk
+        problem = failure("Writing", args.output_dir, error)
+    found = gather_object([(problem, stop.signum)])
+    problems = [sentence for sentence, _ in found if sentence]
+    signum = max(signum for _, signum in found)
+    if problems:
+        raise SystemExit(problems[0] if state.is_main_process else 1)
+    if signum:
+        name = signal.Signals(signum).name
+        state.print(f"Stopped by {name}. The same command goes on from here.", file=sys.stderr)
+        raise SystemExit(128 + signum)
 
 
 def digest_of(models, settings):
@@ -681,22 +686,27 @@ def digest_of(models, settings):
     return digest.hexdigest()
 
 
+def batches_of(items, size):
+    """Returns a list in parts of so many items; the last one may be shorter."""
+    return [items[first : first + size] for first in range(0, len(items), size)]
+
+
 def read_rows(file):
     """Returns the rows of a .jsonl, .csv or .parquet as dictionaries, and of a .txt its lines as prompts."""
+    if file.suffix not in (".txt", ".jsonl", ".csv", ".parquet"):
+        raise SystemExit(f"{file} is none of .txt, .jsonl, .csv and .parquet.")
     try:
         if file.suffix == ".parquet":
             from pyarrow import parquet
 
             return parquet.read_table(file).to_pylist()
         text = file.read_text(encoding="utf-8-sig")
+        if file.suffix == ".txt":
+            return [{"prompt": line.strip()} for line in text.split("\n") if line.strip()]
         if file.suffix == ".csv":
             rows = list(csv.DictReader(io.StringIO(text), strict=True))
-        elif file.suffix == ".jsonl":
-            rows = list(read_json_lines(text.split("\n")))
-        elif file.suffix == ".txt":
-            rows = [{"prompt": line.strip()} for line in text.split("\n") if line.strip()]
         else:
-            raise ValueError("it is none of .txt, .jsonl, .csv and .parquet")
+            rows = list(read_json_lines(text.split("\n")))
         for number, row in enumerate(rows, 1):
             if not isinstance(row, dict):
                 raise ValueError(f"row {number} is no object, {{...}}")
@@ -705,6 +715,14 @@ def read_rows(file):
         return rows
     except Exception as error:  # anything, from a missing file to one that is torn
         raise SystemExit(f"{file} cannot be read: {error}")
+
+
+def read_metadata(folder):
+    """Returns the rows of a folder's metadata.jsonl, or else of its metadata.csv, by the files that they are of."""
+    for file in (folder / "metadata.jsonl", folder / "metadata.csv"):
+        if file.is_file():
+            return {os.path.normpath(str(row.get("file_name"))): row for row in read_rows(file)}
+    return {}
 
 
 def open_picture(file):
@@ -782,7 +800,7 @@ def read_json_lines(lines):
             if line.strip():
                 yield json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{error.msg} at character {error.pos} of line {number}")
+            raise ValueError(f"line {number}: {str(error).split(': line')[0]}")
 
 
 def replace_file(path, data):

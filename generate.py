@@ -53,8 +53,16 @@ import yaml
 # The flags
 
 
-NUMBERS = ("seed", "num_inference_steps", "guidance_scale", "image_guidance_scale", "height", "width")
-COLUMNS = ("prompt", "text", "negative_prompt", "image", *NUMBERS)  # of a file of prompts; text is a prompt, too
+NUMBERS = ("num_inference_steps", "guidance_scale", "image_guidance_scale", "height", "width")
+SETTINGS = ("prompt", "negative_prompt", "image", "seed", *NUMBERS)
+COLUMNS = ("text", *SETTINGS)  # of a file of prompts; text is a prompt, too
+
+
+def side(words):
+    """Takes a height or a width in pixels."""
+    if positive_int(words) % 8:
+        raise argparse.ArgumentTypeError(f"must be a multiple of 8, not {words}")
+    return int(words)
 
 
 def parse_args(argv):
@@ -74,8 +82,8 @@ def parse_args(argv):
     add("--num_inference_steps", type=positive_int, help="default: the pipeline's")
     add("--guidance_scale", type=non_negative, help="default: the pipeline's")
     add("--image_guidance_scale", type=non_negative, help="of an editor, how near to --image; default: the pipeline's")
-    add("--height", type=positive_int, help="in pixels; default: the run's --resolution, or the pipeline's")
-    add("--width", type=positive_int, help="in pixels; default: the run's --resolution, or the pipeline's")
+    add("--height", type=side, help="in pixels; default: the run's --resolution, or the pipeline's")
+    add("--width", type=side, help="in pixels; default: the run's --resolution, or the pipeline's")
     add("--scheduler", help="a sampler of diffusers, such as DPMSolverMultistepScheduler; default: the model's")
     add("--dtype", choices=["fp32", "fp16", "bf16"], help="default: fp16 on a GPU, fp32 on a CPU")
     add("--batch_size", type=positive_int, default=1, help="pictures at once; this changes their last bits")
@@ -297,8 +305,8 @@ from tqdm import tqdm
 
 def read_prompts(file):
     """Returns the rows of a file of prompts: dictionaries of some of COLUMNS, each with a prompt."""
-    kinds = dict.fromkeys(("num_inference_steps", "height", "width"), positive_int)
-    kinds |= {"seed": seed_number, "guidance_scale": non_negative, "image_guidance_scale": non_negative}
+    kinds = {"seed": seed_number, "num_inference_steps": positive_int, "height": side, "width": side}
+    kinds |= {"guidance_scale": non_negative, "image_guidance_scale": non_negative}
     rows = read_rows(Path(file))
     if not rows:
         raise SystemExit(f"--prompts {file} holds no prompt.")
@@ -309,36 +317,35 @@ def read_prompts(file):
             raise SystemExit(f"--prompts {file}: row {number} has no column prompt or text, or nothing in it.")
         checked = {}
         for name in [name for name in COLUMNS if row.get(name) not in (None, "")]:
+            value = row[name]
+            if name in kinds:
+                value = str(value).removesuffix(".0")  # as tables have whole numbers
             try:
-                if name in kinds:
-                    checked[name] = kinds[name](str(row[name]).removesuffix(".0"))  # as tables have whole numbers
-                else:
-                    checked[name] = text_of(row[name])
+                checked[name] = kinds.get(name, text_of)(value)
             except (argparse.ArgumentTypeError, TypeError) as error:
                 raise SystemExit(f"--prompts {file}: {name} of row {number} {error}.")
         known.append(checked)
     if others := {name for row in rows for name in row} - {*COLUMNS}:
-        print(f"--prompts {file}: columns that are not read: {', '.join(sorted(others))}", file=sys.stderr)
+        PartialState().print(f"--prompts {file}: {', '.join(sorted(others))} is not read, but {', '.join(COLUMNS)}.")
     return known
 
 
 def make_jobs(args):
-    """Returns a job for each picture: its file's name, prompt, settings, seed, and number among those of both.
+    """Returns a job for each picture: its file's name, settings, and number.
 
-    By the number, no two pictures of a prompt and a seed are alike.
+    Of prompts that are given several times with one seed, the number tells the pictures apart.
     """
     rows = read_prompts(args.prompts) if args.prompts else [{"prompt": prompt} for prompt in args.prompt or [""]]
     jobs = []
-    numbers = collections.Counter()
+    earlier = collections.Counter()
     for place, row in enumerate(rows):
-        settings = {name: row.get(name, getattr(args, name)) for name in ("negative_prompt", "image", *NUMBERS)}
+        settings = {name: row.get(name, getattr(args, name)) for name in SETTINGS}
         if settings["image"] and not os.path.isfile(settings["image"]):
             raise SystemExit(f"There is no picture {settings['image']}.")
+        first = 10**6 * earlier[settings["prompt"], settings["seed"]]  # so that more pictures change no number
+        earlier[settings["prompt"], settings["seed"]] += 1
         for copy in range(args.num_images_per_prompt):
-            job = {"file_name": f"{place:05d}-{copy}.png", "prompt": row["prompt"], **settings}
-            job["number"] = numbers[job["prompt"], job["seed"]]
-            numbers[job["prompt"], job["seed"]] += 1
-            jobs.append(job)
+            jobs.append({"file_name": f"{place:05d}-{copy}.png", **settings, "number": first + copy})
     return jobs
 
 
@@ -349,24 +356,33 @@ def fill_in(jobs, pipeline, resolution):
     model of --compare draws with what the first one filled in.
     """
     parameters = inspect.signature(pipeline.__call__).parameters
+    defaults = {name: parameters[name].default for name in NUMBERS if name in parameters}
+    if "height" in parameters:
+        size = resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+        defaults |= {"height": size, "width": size}
     for job in jobs:
+        own = defaults
         if job["image"]:
             width, height = open_picture(job["image"]).size
             scale = resolution / min(width, height) if resolution else 1
-            job["width"] = job["width"] or max(8, round(width * scale / 8) * 8)
-            job["height"] = job["height"] or max(8, round(height * scale / 8) * 8)
-        for name in NUMBERS:
-            if job[name] is None and name in parameters:
-                job[name] = parameters[name].default
-        for name in ("width", "height"):
-            if job[name] is None and name in parameters:
-                job[name] = resolution
+            width, height = (max(8, round(length * scale / 8) * 8) for length in (width, height))
+            own = defaults | {"width": width, "height": height}
+        job.update({name: value for name, value in own.items() if job[name] is None})
 
 
 def noise_seed(job):
     """Returns the seed of a picture's noise, from its seed, prompt and number: 32 bits, as torch keeps no more."""
     named = json.dumps([job["seed"], job["prompt"], job["number"]])
     return int(hashlib.blake2b(named.encode(), digest_size=4).hexdigest(), 16)
+
+
+def settings_of(file):
+    """Returns the settings that this program left in a picture, or nothing of another one."""
+    try:
+        with Image.open(file) as image:
+            return dict(json.loads(image.info["settings"]))
+    except Exception:  # Pillow raises nearly anything
+        return {}
 
 
 def missing_jobs(folder, jobs, settings):
@@ -377,28 +393,25 @@ def missing_jobs(folder, jobs, settings):
         if not file.exists():
             missing.append(job)
             continue
-        wanted = job | settings
-        try:
-            with Image.open(file) as image:
-                drawn = dict(json.loads(image.info["settings"]))
-        except Exception:  # Pillow raises nearly anything
+        drawn = settings_of(file)
+        if not drawn:
             raise SystemExit(f"{file} is none of this program's pictures: take another --output_dir.")
-        if changed := [name for name in wanted if drawn.get(name) != wanted[name]]:
-            raise SystemExit(f"{file} was drawn with another {', another '.join(changed)}: take another --output_dir.")
+        wanted = job | settings
+        for name in wanted:
+            if drawn.get(name) != wanted[name]:
+                change = f"{name} {drawn.get(name)!r}, not {wanted[name]!r}"
+                raise SystemExit(f"{file} was drawn with {change}: take another --output_dir.")
     return missing
 
 
 def make_batches(jobs, batch_size):
     """Returns jobs in batches whose pictures a pipeline can draw together."""
-    groups = {}
+    groups = collections.defaultdict(list)
     for job in jobs:
-        alike = [job[name] for name in NUMBERS if name != "seed"]
-        alike += [job["negative_prompt"] is None, job["image"] is None]
-        groups.setdefault(tuple(alike), []).append(job)
-    batches = []
-    for group in groups.values():
-        batches += [group[first : first + batch_size] for first in range(0, len(group), batch_size)]
-    return batches
+        alike = [job["negative_prompt"] is None, job["image"] is None]
+        alike += [job[name] for name in NUMBERS]
+        groups[tuple(alike)].append(job)
+    return [batch for group in groups.values() for batch in batches_of(group, batch_size)]
 
 
 # The pictures
@@ -407,10 +420,10 @@ def make_batches(jobs, batch_size):
 def prepare(args, pipeline, device):
     """Moves a pipeline to the device, and returns the settings that each of its pictures records."""
     if args.scheduler:
-        sampler = getattr(diffusers, args.scheduler, None)
-        if not (isinstance(sampler, type) and issubclass(sampler, diffusers.SchedulerMixin)):
-            raise SystemExit(f"--scheduler {args.scheduler} is none of diffusers' schedulers.")
-        pipeline.scheduler = sampler.from_config(pipeline.scheduler.config)
+        samplers = {sampler.__name__: sampler for sampler in pipeline.scheduler.compatibles}
+        if args.scheduler not in samplers:
+            raise SystemExit(f"--scheduler {args.scheduler} is none of {', '.join(sorted(samplers))}.")
+        pipeline.scheduler = samplers[args.scheduler].from_config(pipeline.scheduler.config)
     unconditional = isinstance(pipeline, diffusers.DDPMPipeline)  # whose noise has the precision of its UNet
     dtype = args.dtype or ("fp16" if device.type == "cuda" and not unconditional else "fp32")
     if unconditional and dtype != "fp32":
@@ -436,7 +449,7 @@ def draw(pipeline, jobs):
     """Draws the pictures of a batch."""
     parameters = inspect.signature(pipeline.__call__).parameters
     first = jobs[0]
-    given = {name: first[name] for name in NUMBERS if name != "seed" and first[name] is not None}
+    given = {name: first[name] for name in NUMBERS if first[name] is not None}
     if "prompt" in parameters or first["prompt"]:
         given["prompt"] = [job["prompt"] for job in jobs]
     else:
@@ -463,53 +476,58 @@ def draw(pipeline, jobs):
     return pipeline.numpy_to_pil(images)
 
 
-def save_picture(image, file, job, settings):
+def save_picture(image, file, drawn):
     """Writes a picture with its settings in it, for this program and as A1111 writes them, with the noise's seed."""
-    negative = f"\nNegative prompt: {job['negative_prompt']}" if job["negative_prompt"] else ""
+    negative = f"\nNegative prompt: {drawn['negative_prompt']}" if drawn["negative_prompt"] else ""
     notes = PngInfo()
-    notes.add_itxt("settings", json.dumps(job | settings))
+    notes.add_itxt("settings", json.dumps(drawn))
     notes.add_itxt(
         "parameters",
-        f"{job['prompt']}{negative}\nSteps: {job['num_inference_steps']}, Sampler: {settings['scheduler']}, "
-        f"CFG scale: {job['guidance_scale']}, Seed: {noise_seed(job)}, Size: {image.width}x{image.height}, "
-        f"Model hash: {settings['weights']}",
+        f"{drawn['prompt']}{negative}\nSteps: {drawn['num_inference_steps']}, Sampler: {drawn['scheduler']}, "
+        f"CFG scale: {drawn['guidance_scale']}, Seed: {noise_seed(drawn)}, Size: {image.width}x{image.height}, "
+        f"Model hash: {drawn['weights']}, Model: {drawn['model']}",
     )
     replace_file(file, png_bytes(image, pnginfo=notes))
 
 
 def draw_missing(args, state, stop, models, jobs, folder):
     """Draws what a folder lacks of the jobs, ranks by turns; returns how many pictures that is."""
-    try:
-        pipeline, _ = open_model(models, args.base, args.lora_scale)
-        settings = prepare(args, pipeline, state.device)
-        resolution = run_flags(models[0]).get("resolution")
-    except Exception as error:  # diffusers raises nearly anything over files that it cannot use
-        raise SystemExit(f"{' '.join(models)} cannot be loaded: {error}")
-    parameters = inspect.signature(pipeline.__call__).parameters
-    if "prompt" in parameters and not (args.prompt or args.prompts):
-        raise SystemExit(f"{' '.join(models)} draws from prompts: give --prompt or --prompts.")
-    if "image" in parameters and not all(job["image"] for job in jobs):
-        raise SystemExit(f"{' '.join(models)} draws from pictures: give --image, or --prompts with a column image.")
-    fill_in(jobs, pipeline, resolution)
-    end_if_asked(state, stop)  # as the model was loaded
-    # Rank 0 alone looks, before any draws: others would find what has been drawn since.
-    missing = broadcast_object_list([missing_jobs(folder, jobs, settings) if state.is_main_process else None])[0]
-    mine = make_batches(missing, args.batch_size)[state.process_index :: state.num_processes]
-    for batch in tqdm(mine, "drawing", disable=not state.is_main_process):
-        for job, image in zip(batch, draw(pipeline, batch)):
-            save_picture(image, folder / job["file_name"], job, settings)
-        end_if_asked(state, stop)
+    with ending_together(args, state, stop):
+        try:
+            pipeline, _ = open_model(models, args.base, args.lora_scale)
+            settings = prepare(args, pipeline, state.device)
+            resolutions = [run_flags(name[0]).get("resolution") for name in (args.model, args.compare) if name]
+        except Exception as error:  # diffusers raises nearly anything over files that it cannot use
+            raise SystemExit(f"{' '.join(models)} cannot be loaded: {error}")
+        parameters = inspect.signature(pipeline.__call__).parameters
+        if "prompt" in parameters and not (args.prompt or args.prompts):
+            raise SystemExit(f"{' '.join(models)} draws from prompts: give --prompt or --prompts.")
+        if "image" in parameters and not all(job["image"] for job in jobs):
+            raise SystemExit(f"{' '.join(models)} draws from pictures: give --image, or a column image in --prompts.")
+        fill_in(jobs, pipeline, resolutions[0] or resolutions[-1])
+        missing = missing_jobs(folder, jobs, settings)
+    missing = broadcast_object_list([missing])[0]  # as other machines may see other pictures
+    settings["model"] = " ".join(Path(model).name if os.path.exists(model) else model for model in models)
+    with ending_together(args, state, stop):
+        mine = make_batches(missing, args.batch_size)[state.process_index :: state.num_processes]
+        for batch in tqdm(mine, "drawing", disable=not state.is_main_process):
+            for job, image in zip(batch, draw(pipeline, batch)):
+                save_picture(image, folder / job["file_name"], job | settings)
+            if stop.signum:
+                break
     return len(missing)
 
 
-def write_metadata(folder, jobs):
-    """Writes a row for each picture, also for those of earlier jobs: its file, its prompt as "text", its settings."""
-    file = folder / "metadata.jsonl"
-    earlier = read_rows(file) if file.exists() else []
-    rows = {row["file_name"]: row for row in earlier if (folder / row["file_name"]).exists()}
-    rows |= {job["file_name"]: {"text": job["prompt"]} | job for job in jobs}
+def write_metadata(folder):
+    """Writes a row for each picture: its prompt as "text", and its settings. A text that you changed stays."""
+    rows = {name: row for name, row in read_metadata(folder).items() if (folder / name).exists()}
+    for file in folder.glob("*.png"):
+        drawn = settings_of(file)
+        row = rows.get(file.name, {})
+        if drawn and drawn != {name: row.get(name) for name in drawn}:  # new, or drawn anew
+            rows[file.name] = {"text": drawn["prompt"]} | drawn
     lines = [json.dumps(rows[name], ensure_ascii=False) + "\n" for name in sorted(rows)]
-    replace_file(file, "".join(lines).encode())
+    replace_file(folder / "metadata.jsonl", "".join(lines).encode())
 
 
 def finish(folders, jobs, output_dir):
@@ -520,17 +538,14 @@ def finish(folders, jobs, output_dir):
         way_out = "take an --output_dir that all machines share, or wait, and give the same command again"
         raise SystemExit(f"{lost} pictures of other machines are not seen from here: {way_out}.")
     for folder in folders:
-        write_metadata(folder, jobs)
-    names = [job["file_name"] for job in jobs[:64]]
-    rows = []
-    for first in range(0, len(names), 8):
-        rows += [[folder / name for name in names[first : first + 8]] for folder in folders]
+        write_metadata(folder)
+    shown = batches_of(jobs[:64], 8)
+    rows = [[folder / job["file_name"] for job in row] for row in shown for folder in folders]
     write_sheet(rows, output_dir / "grid.png")
 
 
 def main(args):
     """Draws what --output_dir lacks. A signal ends it after the batch at hand, with 128 + signal."""
-    jobs = make_jobs(args)
     state = start_processes()
     stop = StopFlag()
     output_dir = Path(args.output_dir)
@@ -539,23 +554,22 @@ def main(args):
         models[output_dir / "compare"] = args.compare
     lock = FileLock(output_dir / ".lock")
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        if state.is_main_process:
-            take_lock(lock, output_dir)
-        stop.listen()
+        with ending_together(args, state, stop):
+            jobs = make_jobs(args)
+            output_dir.mkdir(parents=True, exist_ok=True)
+            if state.is_main_process:
+                take_lock(lock, output_dir)
+            stop.listen()
         started = time.perf_counter()
         drawn = sum(draw_missing(args, state, stop, model, jobs, folder) for folder, model in models.items())
         seconds = time.perf_counter() - started
-        with stop.ending_at_once():  # else none could end what waits for the others
-            state.wait_for_everyone()
-        if state.is_main_process:
-            finish([*models], jobs, output_dir)
-            speed = f"{drawn / seconds:.2f} a second with loading, on {state.num_processes} processes"
-            there = len(models) * len(jobs) - drawn
-            print(f"{drawn} pictures drawn in {seconds:.1f} s ({speed}); {there} were there already.")
-            print(f"All are in {' and '.join(map(str, models))}.")
-    except OSError as error:  # such as a full disk
-        raise SystemExit(failure("Drawing", output_dir, error))
+        with ending_together(args, state, stop):
+            if state.is_main_process:
+                finish([*models], jobs, output_dir)
+                speed = f"{drawn / seconds:.2f} a second with loading; processes: {state.num_processes}"
+                there = len(models) * len(jobs) - drawn
+                print(f"{drawn} pictures drawn in {seconds:.1f} s ({speed}); {there} were there already.")
+                print(f"All are in {' and '.join(map(str, models))}.")
     finally:
         lock.release()
     state.destroy_process_group()
@@ -791,8 +805,8 @@ def with_inputs(pipeline):
 
 # === Programs: the same in generate.py and evaluate.py ===
 #
-# They ask nothing of the text above. They offer: start_processes, end_if_asked, digest_of, read_rows,
-# open_picture, png_bytes, write_sheet.
+# They ask nothing of the text above. They offer: start_processes, ending_together, digest_of, batches_of, read_rows,
+# read_metadata, open_picture, png_bytes, write_sheet.
 
 
 def start_processes():
@@ -803,13 +817,28 @@ def start_processes():
     return state
 
 
-def end_if_asked(state, stop):
-    """Ends this process if a signal came, which the others get, too, or else the launcher ends them."""
-    if stop.signum:
-        if state.is_main_process:
-            name = signal.Signals(stop.signum).name
-            print(f"Stopped by {name}. The same command goes on from here.", file=sys.stderr)
-        raise SystemExit(128 + stop.signum)
+@contextlib.contextmanager
+def ending_together(args, state, stop):
+    """Runs a block, which all processes leave together, and ends them all if one failed or was sent a signal.
+
+    The first one says why. In the block they may not wait for each other, as one of them may leave it early.
+    """
+    problem = None
+    try:
+        yield
+    except SystemExit as error:
+        problem = error.code
+    except OSError as error:  # such as a full disk
+        problem = failure("Writing", args.output_dir, error)
+    found = gather_object([(problem, stop.signum)])
+    problems = [sentence for sentence, _ in found if sentence]
+    signum = max(signum for _, signum in found)
+    if problems:
+        raise SystemExit(problems[0] if state.is_main_process else 1)
+    if signum:
+        name = signal.Signals(signum).name
+        state.print(f"Stopped by {name}. The same command goes on from here.", file=sys.stderr)
+        raise SystemExit(128 + signum)
 
 
 def digest_of(models, settings):
@@ -821,22 +850,27 @@ def digest_of(models, settings):
     return digest.hexdigest()
 
 
+def batches_of(items, size):
+    """Returns a list in parts of so many items; the last one may be shorter."""
+    return [items[first : first + size] for first in range(0, len(items), size)]
+
+
 def read_rows(file):
     """Returns the rows of a .jsonl, .csv or .parquet as dictionaries, and of a .txt its lines as prompts."""
+    if file.suffix not in (".txt", ".jsonl", ".csv", ".parquet"):
+        raise SystemExit(f"{file} is none of .txt, .jsonl, .csv and .parquet.")
     try:
         if file.suffix == ".parquet":
             from pyarrow import parquet
 
             return parquet.read_table(file).to_pylist()
         text = file.read_text(encoding="utf-8-sig")
+        if file.suffix == ".txt":
+            return [{"prompt": line.strip()} for line in text.split("\n") if line.strip()]
         if file.suffix == ".csv":
             rows = list(csv.DictReader(io.StringIO(text), strict=True))
-        elif file.suffix == ".jsonl":
-            rows = list(read_json_lines(text.split("\n")))
-        elif file.suffix == ".txt":
-            rows = [{"prompt": line.strip()} for line in text.split("\n") if line.strip()]
         else:
-            raise ValueError("it is none of .txt, .jsonl, .csv and .parquet")
+            rows = list(read_json_lines(text.split("\n")))
         for number, row in enumerate(rows, 1):
             if not isinstance(row, dict):
                 raise ValueError(f"row {number} is no object, {{...}}")
@@ -845,6 +879,14 @@ def read_rows(file):
         return rows
     except Exception as error:  # anything, from a missing file to one that is torn
         raise SystemExit(f"{file} cannot be read: {error}")
+
+
+def read_metadata(folder):
+    """Returns the rows of a folder's metadata.jsonl, or else of its metadata.csv, by the files that they are of."""
+    for file in (folder / "metadata.jsonl", folder / "metadata.csv"):
+        if file.is_file():
+            return {os.path.normpath(str(row.get("file_name"))): row for row in read_rows(file)}
+    return {}
 
 
 def open_picture(file):
@@ -922,7 +964,7 @@ def read_json_lines(lines):
             if line.strip():
                 yield json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{error.msg} at character {error.pos} of line {number}")
+            raise ValueError(f"line {number}: {str(error).split(': line')[0]}")
 
 
 def replace_file(path, data):

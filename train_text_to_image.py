@@ -3412,7 +3412,7 @@ def read_json_lines(lines):
             if line.strip():
                 yield json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{error.msg} at character {error.pos} of line {number}")
+            raise ValueError(f"line {number}: {str(error).split(': line')[0]}")
 
 
 def replace_file(path, data):

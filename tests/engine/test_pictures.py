@@ -403,7 +403,11 @@ def test_picture_without_bytes(check, tmp_path):
         ("metadata.jsonl", '{"image": "000.png", "text": "x"}\n', "'file_name', but ['image', 'text']"),
         ("metadata.csv", "file_name,caption\n000.png,x\n", "'text', but ['file_name', 'caption']: see --caption"),
         ("metadata.csv", "file_name;text\n000.png;x\n", "but ['file_name;text']: it needs one, and commas between"),
-        ("metadata.jsonl", '{"file_name": "000.png", "text": "x"}\n\n{"file_name": "001.png", "te', "of line 3"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "000.png", "text": "x"}\n\n{"file_name": "001.png", "te',
+            "line 3: Untermina",
+        ),
         ("metadata.jsonl", '["000.png", "x"]\n', ""),
         ("metadata.jsonl", '{"file_name": null, "text": "x"}\n', "names no file"),
         ("metadata.jsonl", '{"file_name": "x\\u0000/a.png", "text": "x"}\n', "names no file"),

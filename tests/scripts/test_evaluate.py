@@ -173,6 +173,28 @@ def test_paired_intervals_cover(count):
     assert np.mean(reaches) < 1.1 * evaluate.student_quantile(count - 1) * np.sqrt(2 / count)
 
 
+def test_the_smaller_set_widens_an_interval():
+    """Its degrees of freedom count, whichever it is."""
+    x, y = features(40, 1)[:, 0], features(3, 1, 1)[:, 0]
+    one = interval(lambda i, j: x[i].mean() - y[j].mean(), 40, 3)
+    other = interval(lambda j, i: x[i].mean() - y[j].mean(), 3, 40)
+    reach = 4.3027 * np.sqrt(x.var().item() / 40 + y.var().item() / 3)
+    for found in (one, other):
+        assert found["high"] - found["value"] == pytest.approx(reach, rel=0.01)
+
+
+def test_distances_leave_out_parts(monkeypatch):
+    """Twenty of each set, as each takes its time; of numbers of single pictures each one."""
+    calls = []
+    monkeypatch.setattr(evaluate, "values_of", lambda *given: calls.append(given) or torch.zeros(1))
+    pictures = {"images": dict.fromkeys(range(50)), "reference": dict.fromkeys(range(60))}
+    evaluate.measure("kid", pictures, {})
+    assert len(calls) == 1 + 20 + 20
+    calls.clear()
+    evaluate.measure("clip_i", pictures, {})
+    assert len(calls) == 1 + 50 + 60
+
+
 def test_intervals_of_two_sets_cover():
     """Of a distance to --reference, both sets move it."""
     hits = 0
@@ -239,6 +261,48 @@ def test_pictures_are_those_that_training_reads(measure, tmp_path):
     Image.new("RGB", (64, 64)).save(folder / "004.jfif", "JPEG")
     (folder / "004.txt").write_text("a black square")
     assert measure("--images", folder)["images"]["pictures"] == 5
+
+
+def test_rows_that_training_reads(measure, tmp_path):
+    """Names with a dot before them are those of the files, an empty caption gives way to that of a .txt."""
+    folder = save_squares(tmp_path / "some", 4)
+    wanted = measure("--images", folder)["metrics"]
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    (folder / "002.txt").write_text(rows[2]["text"])
+    rows = [row | {"file_name": f"./{row['file_name']}"} for row in rows] + [{"file_name": ["000.png"]}]
+    rows[2]["text"] = ""
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert measure("--images", folder)["metrics"] == wanted
+    with open(folder / "metadata.csv", "w") as file:  # beside a metadata.jsonl it is not read
+        file.write("file_name,text\n000.png,a,b\n")
+    assert measure("--images", folder)["metrics"] == wanted
+
+
+def test_captions_of_a_reference_are_not_read(measure, tmp_path):
+    """So that none of them stops anything."""
+    folder = save_squares(tmp_path / "some", 4)
+    reference = shutil.copytree(folder, tmp_path / "reference")
+    (reference / "metadata.jsonl").write_text("{torn")
+    (reference / "000.txt").write_bytes(b"\xff")
+    measure("--images", folder, "--reference", reference, "--metrics", "clip_i")
+
+
+def test_other_preprocessing_has_other_features(measure, tmp_path):
+    """The same weights see something else then."""
+    folder = save_squares(tmp_path / "some", 4)
+    other = shutil.copytree(CLIP, tmp_path / "other")
+    settings = json.loads((other / "preprocessor_config.json").read_text())
+    (other / "preprocessor_config.json").write_text(json.dumps(settings | {"image_mean": [0.1, 0.2, 0.3]}))
+    assert measure("--images", folder)["metrics"] != measure("--images", folder, "--clip_model", other)["metrics"]
+
+
+def test_the_sheet_is_of_these_pictures(measure, tmp_path):
+    """An older one goes if there is none to take its place."""
+    folder = save_squares(tmp_path / "some", 20)
+    measure("--images", folder)
+    assert (tmp_path / "evaluated" / "best_and_worst.png").exists()
+    measure("--images", folder, "--reference", folder, "--metrics", "kid")
+    assert not (tmp_path / "evaluated" / "best_and_worst.png").exists()
 
 
 def test_pairs(measure, tmp_path, capsys):
@@ -463,13 +527,13 @@ def test_two_processes(measure, start, tmp_path):
         ("--images nowhere", "--images nowhere is not a folder"),
         ("--images empty", "--metrics clip_score takes 3 pictures or more, and the folder of --images holds 0"),
         ("--images alike", "--images alike has two pictures named 000: rename one"),
-        ("--images some --compare twenty", "take pictures of the same names, and one has no 004"),
+        ("--images some --compare twenty", "take pictures of the same names, and --images has no 0\\d\\d"),
         ("--images= --compare some", "--images: must be a path"),
-        ("--images linked", "linked/gone.png, or the text beside it, cannot be read: .*No such file"),
+        ("--images linked", "linked/gone.png, or its caption, cannot be read: .*No such file"),
         ("--images deep", "deep/metadata.jsonl cannot be read: maximum recursion depth"),
-        ("--images some --compare sown", "002.png has another prompt or seed than some/002.png"),
+        ("--images some --compare sown", "sown/002.png has the seed '7', and some/002.png '2': draw both"),
         ("--images blank", "takes captions, and .*blank/000.png has none: give a metadata.jsonl"),
-        ("--images latin", "latin/000.png, or the text beside it, cannot be read: .*utf-8"),
+        ("--images latin", "latin/000.png, or its caption, cannot be read: .*utf-8"),
         ("--images some --output_dir some/000.png", "--output_dir some/000.png is no folder that can be made"),
         ("--images some --encoding_cache_dir some/000.png", "--encoding_cache_dir some/000.png is no folder that can"),
         ("--images some --output_dir some", "--output_dir is the folder of --images"),
@@ -477,8 +541,14 @@ def test_two_processes(measure, start, tmp_path):
         ("--images some --metrics clip_directional", "--metrics clip_directional needs --originals"),
         ("--images some --reference some", "none of --metrics clip_score takes --reference"),
         ("--images bare", "--metrics clip_score takes captions, and .*bare/000.png has none"),
-        ("--images some --compare few", "--images and --compare take pictures of the same names, and one has no 003"),
-        ("--images some --compare seeds", r"seeds/00\d.png has another prompt or seed than some/00\d.png"),
+        (
+            "--images some --compare few",
+            "take pictures of the same names, and --compare has no 003",
+        ),
+        (
+            "--images some --compare seeds",
+            "seeds/00.* has the caption 'a red square', and some/00.*: draw both",
+        ),
         (
             "--images torn",
             "torn/000.png has none: give a metadata.jsonl with columns file_name and text",
@@ -491,6 +561,15 @@ def test_two_processes(measure, start, tmp_path):
         (
             "--images twenty --metrics frechet --reference twenty",
             "--metrics frechet takes 33 .* or take another metric",
+        ),
+        (
+            "--images some --metrics cmmd --reference twenty",
+            "--metrics cmmd takes 20 pictures or more, and .*images holds 4: give more",
+        ),
+        ("--images surrogate", r"surrogate/000.png, or its caption, cannot be read: must be text in UTF-8"),
+        (
+            "--images some --clip_model wordless",
+            "--clip_model wordless cannot .* its tokenizer knows only 2 ",
         ),
         ("--images broken", "broken/001.png does not open as a picture"),
         ("--images some --clip_model some", "--clip_model some cannot be loaded as a CLIP"),
@@ -510,6 +589,10 @@ def test_refused(measure, tmp_path, capsys, flags, said):
         save_squares(tmp_path / name, 2)
     shutil.copy(tmp_path / "alike" / "000.png", tmp_path / "alike" / "000.webp")
     save_squares(tmp_path / "blank", 2, text="")
+    save_squares(tmp_path / "surrogate", 4, text="\ud800")
+    (tmp_path / "wordless").mkdir()
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        shutil.copy(CLIP / name, tmp_path / "wordless")
     save_squares(tmp_path / "sown", 4)
     rows = (tmp_path / "sown" / "metadata.jsonl").read_text()
     (tmp_path / "sown" / "metadata.jsonl").write_text(re.sub('"seed": 2', '"seed": 7', rows))
