@@ -3,6 +3,7 @@
 import csv
 import errno
 import functools
+import hashlib
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, finish, run, state_of
+from helpers import ROOT, finish, run, start_ranks, state_of
 from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
 
@@ -519,6 +520,38 @@ def test_two_processes(measure, start, tmp_path):
                 assert told[metric][column] == {
                     name: pytest.approx(v, rel=1e-4, abs=1e-6) for name, v in figure.items()
                 }
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("broken", [0, 1], ids=["first", "second"])
+def test_two_processes_end_together(start, tmp_path, broken):
+    """Whichever of them meets a broken picture: the first one says so, once, and both keep what they have."""
+    folder = save_squares(tmp_path / "some", 12)
+    for number in range(256):  # until it is that process's turn
+        (folder / "004.png").write_bytes(bytes([number]) * 99)
+        files = [file.read_bytes() for file in folder.glob("*.png")]
+        order = sorted(files, key=lambda data: hashlib.blake2b(data, digest_size=16).hexdigest())
+        if order.index(bytes([number]) * 99) % 2 == broken:
+            break
+    flags = ("--clip_model", CLIP, "--images", folder, "--batch_size", 1, "--encoding_cache_dir", tmp_path / "cache")
+    runs = start_ranks(lambda *given, **how: start(*given, script="evaluate", **how), flags, 2)
+    assert [process.wait(60) for process in runs] == [1, 1]
+    said = "".join(process.output() for process in runs)
+    assert said.count("does not open as a picture") == 1 and "Traceback" not in said
+    assert len([*(tmp_path / "cache" / "features").glob("*/*")]) >= 6  # all of the other one
+
+
+@pytest.mark.launch
+def test_a_signal_to_one_of_two_processes(start, tmp_path):
+    """Ends both with 128 + signal, once they have done what they were at; the first one says so."""
+    folder = save_squares(tmp_path / "some", 300)
+    flags = ("--clip_model", CLIP, "--images", folder, "--batch_size", 1, "--encoding_cache_dir", tmp_path / "cache")
+    runs = start_ranks(lambda *given, **how: start(*given, script="evaluate", **how), flags, 2)
+    runs[0].until(lambda: [*(tmp_path / "cache" / "features").glob("*/*")])
+    os.kill(runs[1].pid, signal.SIGTERM)
+    assert [process.wait(60) for process in runs] == [143, 143]
+    said = "".join(process.output() for process in runs)
+    assert said.count("Stopped by SIGTERM. The same command goes on from here.") == 1 and "Traceback" not in said
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,25 @@ def test_compare_draws_from_the_same_noise(draw, tiny_model, tiny_v_model, tmp_p
     assert files_in(draw("same", "--prompt", *PROMPTS) / "pictures") == files_in(out / "pictures")
 
 
+@pytest.mark.launch
+def test_two_processes_say_once_what_is_wrong(draw, start, tiny_model, tmp_path):
+    """Whether all find it, or one of them as it draws."""
+    draw("out", "--prompt", "a", "b")
+    flags = ("--model", tiny_model, *FEW, "--height", 32, "--width", 32, "--output_dir", tmp_path / "out")
+    (tmp_path / "torn.png").write_bytes(b"torn")
+    rows = [{"prompt": "x", "image": str(tmp_path / "torn.png")}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for more, said in (
+        (("--prompt", "b"), "was drawn with prompt 'a', not 'b': take another --output_dir"),
+        (("--prompts", tmp_path / "none.txt"), "none.txt cannot be read"),
+        (("--prompts", tmp_path / "rows.jsonl"), "torn.png does not open as a picture"),
+    ):
+        runs = start_ranks(lambda *given, **how: start(*given, script="generate", **how), (*flags, *more), 2)
+        assert [process.wait(60) for process in runs] == [1, 1]
+        output = "".join(process.output() for process in runs)
+        assert output.count(said) == 1 and "Traceback" not in output, output
+
+
 def test_tiles(draw):
     """Pictures that are decoded in parts differ little, and are not mixed with others."""
     large = ("--prompt", "a red circle", "--height", 96, "--width", 96)
