@@ -82,11 +82,11 @@ def parse_args(argv):
     add("--encoding_cache_dir", type=path_name, help="where features are kept (~/.cache/diffusion-training)")
     add("--output_dir", type=path_name, default="evaluated", help="folder of the results")
     args = read_flags(parser, argv, refused={}, replaces={})
-    needed = {name: metric for metric in args.metrics for name in TAKES[metric]}
     for flag in ("reference", "originals"):
-        if flag in needed and not getattr(args, flag):
-            parser.error(f"--metrics {needed[flag]} needs --{flag}")
-        if flag not in needed and getattr(args, flag):
+        takers = [metric for metric in args.metrics if flag in TAKES[metric]]
+        if takers and not getattr(args, flag):
+            parser.error(f"--metrics {takers[0]} needs --{flag}")
+        if getattr(args, flag) and not takers:
             parser.error(f"none of --metrics {' '.join(args.metrics)} takes --{flag}")
     for flag in FOLDERS:
         folder = getattr(args, flag)
@@ -326,6 +326,8 @@ def read_folders(args):
 
 def read_folder(args, flag, folder):
     """Returns the pictures of a folder by their names: the file, its caption and seed, which are None if not told."""
+    if (folder / "pictures" / "metadata.jsonl").is_file():
+        raise SystemExit(f"--{flag} {folder} is the folder above the pictures: give {folder / 'pictures'}.")
     rows = {} if flag == "reference" else read_metadata(folder)
     captioned = flag in ("images", "originals") and CAPTIONED.keys() & {*args.metrics}
     pictures = {}
@@ -566,15 +568,6 @@ def measure(metric, folders, features):
 # The results
 
 
-def verdict(metric, difference):
-    """Says whether the second folder differs, and which way is better."""
-    if difference["low"] <= 0 <= difference["high"]:
-        return "no difference is shown, as 0 lies in the interval."
-    way = "higher" if difference["low"] > 0 else "lower"
-    wanted = "higher" if metric in OF_EACH else "lower"  # as less is better of distances
-    return f"a difference is shown. --compare is {way}, which is {'better' if way == wanted else 'worse'}."
-
-
 def report(args, folders, results):
     """Prints the figures, and says where the second folder differs."""
     counts = [f"{len(pictures)} {flag}" for flag, pictures in folders.items()]
@@ -582,19 +575,14 @@ def report(args, folders, results):
     for metric, figures in results.items():
         for column, figure in figures.items():
             print(f"{metric:<18}{column:<12}" + "{value:.4g} ({low:.4g} to {high:.4g})".format(**figure))
-        if args.compare:
-            print(f"{metric}: {verdict(metric, figures['difference'])}")
-
-
-def picture_rows(folders, features, metrics):
-    """Returns a row for each picture: its folder, file and caption, and its own metrics."""
-    rows = []
-    for flag in [flag for flag in ("images", "compare") if flag in folders]:
-        values = {metric: values_of(metric, features, flag).tolist() for metric in metrics}
-        for number, picture in enumerate(folders[flag].values()):
-            row = {"folder": flag, "file": str(picture["file"]), "caption": picture["caption"]}
-            rows.append(row | {metric: values[metric][number] for metric in metrics})
-    return sorted(rows, key=lambda row: (row["folder"] == "compare", row["file"]))
+        difference = figures.get("difference")
+        if difference and difference["low"] <= 0 <= difference["high"]:
+            print(f"{metric}: no difference is shown, as 0 lies in the interval.")
+        elif difference:
+            higher = difference["low"] > 0
+            better = higher if metric in OF_EACH else not higher  # as less is better of distances
+            way = f"{'higher' if higher else 'lower'}, which is {'better' if better else 'worse'}"
+            print(f"{metric}: a difference is shown. --compare is {way}.")
 
 
 def write_results(args, folders, features, results):
@@ -606,17 +594,20 @@ def write_results(args, folders, features, results):
     figures = {"clip_model": args.clip_model, **told, "metrics": results}
     replace_file(output_dir / "metrics.json", (json.dumps(figures, indent=1) + "\n").encode())
     metrics = [metric for metric in results if metric in OF_EACH]
-    rows = picture_rows(folders, features, metrics)
+    rows = [["folder", "file", "caption", *metrics]]
+    for flag in [flag for flag in ("images", "compare") if flag in folders]:
+        numbers = [values_of(metric, features, flag).tolist() for metric in metrics]
+        pictures = zip(folders[flag].values(), *numbers)
+        rows += sorted([flag, str(picture["file"]), picture["caption"], *own] for picture, *own in pictures)
     lines = io.StringIO()
-    writer = csv.DictWriter(lines, [*rows[0]], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    csv.writer(lines, lineterminator="\n").writerows(rows)
     replace_file(output_dir / "pictures.csv", lines.getvalue().encode())
     if metrics:
-        images = [row for row in rows if row["folder"] == "images"]
-        ranked = [row["file"] for row in sorted(images, key=lambda row: -row[metrics[0]])]
-        count = min(10, len(ranked) // 2)
-        write_sheet([ranked[:count], ranked[-count:]], sheet)
+        scores = values_of(metrics[0], features, "images").tolist()
+        ranked = sorted(zip(scores, [picture["file"] for picture in folders["images"].values()]), reverse=True)
+        files = [file for _, file in ranked]
+        count = min(10, len(files) // 2)
+        write_sheet([files[:count], files[-count:]], sheet)
 
 
 @torch.inference_mode()

@@ -62,8 +62,8 @@ def parse_args(argv):
     output = Path(args.output)
     if os.path.lexists(args.output):
         parser.error(f"{output} is there already: name another output, or take that away")
-    if not output.absolute().parent.is_dir():
-        parser.error(f"there is no folder {output.absolute().parent}")
+    if not is_writable(output.parent):
+        parser.error(f"the folder {output.parent} cannot be made or written to")
     if output.suffix.lower() in (".ckpt", ".pt", ".bin"):
         parser.error("such files are pickles, which can run code: take .safetensors, which the same programs read")
     return args
@@ -458,6 +458,7 @@ def main(args):
             raise SystemExit(f"The weights of {name} are not finite in {args.dtype}, as {reason}.")
     flags = run_flags(result)
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         if adapter:
             tensors, metadata = kohya_file(args, pipeline, flags, adapter)
             write_file(tensors, metadata, output)
@@ -646,6 +647,8 @@ def open_model(models, base, scales):
 def kind_of(model):
     """Tells what a folder, a file or a Hub id holds: one of KINDS, or "file", a whole model."""
     path = Path(model)
+    if path.is_file() and path.suffix != ".safetensors":
+        raise ValueError("a model of one file is a .safetensors")
     if path.is_file():
         with safe_open(path, "pt") as file:
             keys = [*file.keys()]

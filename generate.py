@@ -636,6 +636,8 @@ def open_model(models, base, scales):
 def kind_of(model):
     """Tells what a folder, a file or a Hub id holds: one of KINDS, or "file", a whole model."""
     path = Path(model)
+    if path.is_file() and path.suffix != ".safetensors":
+        raise ValueError("a model of one file is a .safetensors")
     if path.is_file():
         with safe_open(path, "pt") as file:
             keys = [*file.keys()]

@@ -570,6 +570,7 @@ def test_a_signal_to_one_of_two_processes(start, tmp_path):
         ("--images some --output_dir some/000.png", "--output_dir some/000.png is no folder that can be made"),
         ("--images some --encoding_cache_dir some/000.png", "--encoding_cache_dir some/000.png is no folder that can"),
         ("--images some --output_dir some", "--output_dir is the folder of --images"),
+        ("--images drawn", "--images drawn is the folder above the pictures: give drawn/pictures"),
         ("--images some --metrics clip_i", "--metrics clip_i needs --reference"),
         ("--images some --metrics clip_directional", "--metrics clip_directional needs --originals"),
         ("--images some --reference some", "none of --metrics clip_score takes --reference"),
@@ -623,6 +624,7 @@ def test_refused(measure, tmp_path, capsys, flags, said):
     shutil.copy(tmp_path / "alike" / "000.png", tmp_path / "alike" / "000.webp")
     save_squares(tmp_path / "blank", 2, text="")
     save_squares(tmp_path / "surrogate", 4, text="\ud800")
+    save_squares(tmp_path / "drawn" / "pictures", 4)
     (tmp_path / "wordless").mkdir()
     for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
         shutil.copy(CLIP / name, tmp_path / "wordless")

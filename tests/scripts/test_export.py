@@ -202,8 +202,8 @@ def test_a_file_becomes_a_folder(tiny_model, tmp_path):
 
 def test_a_model_of_pixels(results, tmp_path):
     """A folder in another precision; there is no such file."""
-    run(export, results / "pixels", tmp_path / "half", "--dtype", "fp16")
-    assert isinstance(DDPMPipeline.from_pretrained(tmp_path / "half").unet, UNet2DModel)
+    run(export, results / "pixels", tmp_path / "new" / "half", "--dtype", "fp16")
+    assert isinstance(DDPMPipeline.from_pretrained(tmp_path / "new" / "half").unet, UNet2DModel)
     with pytest.raises(SystemExit, match="an unconditional model has no such file: name a folder"):
         run(export, results / "pixels", tmp_path / "half.safetensors")
 
@@ -312,10 +312,12 @@ def test_refused(results, tmp_path, result, output, said):
 
 
 @pytest.mark.parametrize(
-    "output, said", [("there", "is there already"), ("no/x", "there is no folder"), ("a.ckpt", "pickles")]
+    "output, said",
+    [("there", "is there already"), ("there/file/x", "cannot be made or written to"), ("a.ckpt", "pickles")],
 )
 def test_outputs_that_are_refused(tmp_path, capsys, output, said):
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").touch()
     with pytest.raises(SystemExit):
         export.parse_args(["result", str(tmp_path / output)])
     assert said in capsys.readouterr().err

@@ -609,18 +609,20 @@ def test_refused(draw, tmp_path, monkeypatch, capsys, flags, said):
         ("headless", "Error no file named diffusion_pytorch_model"),
         ("lora", "nothing says what it goes on"),
         ("gone", "there is no such folder or file"),
+        ("nothing/README.md", "a model of one file is a .safetensors"),
     ],
 )
 def test_models_that_are_none(draw, results, tiny_model, tmp_path, model, said):
     """A folder without a model or without weights, what is nowhere, and adapters that are alone."""
     (tmp_path / "nothing").mkdir()
+    (tmp_path / "nothing" / "README.md").write_text("x")
     (tmp_path / "lora").mkdir()
     shutil.copytree(tiny_model, tmp_path / "headless")
     for file in (tmp_path / "headless" / "unet").glob("*.safetensors"):
         file.unlink()
     shutil.copy(results / "lora" / "pytorch_lora_weights.safetensors", tmp_path / "lora")
     with pytest.raises(SystemExit, match=said):
-        draw("out", "--prompt", "x", model=model if "/" in model else tmp_path / model)
+        draw("out", "--prompt", "x", model=model if model == "me/typo" else tmp_path / model)
 
 
 @pytest.mark.parametrize("part, name", [("pixels/unet", "UNet2DModel"), ("vae", "AutoencoderKL"), ("clip", "None")])
