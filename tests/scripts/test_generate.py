@@ -296,10 +296,14 @@ def test_the_order_of_parts_does_not_matter(draw, results, tiny_model, tmp_path)
 
 def test_both_models_draw_in_one_size(results, tiny_model, tmp_path):
     """That of the run, whichever is first, or else the first one's own: noise of two shapes would not be the same."""
+    smaller = shutil.copytree(tiny_model, tmp_path / "smaller")
+    config = json.loads((smaller / "unet" / "config.json").read_text())
+    (smaller / "unet" / "config.json").write_text(json.dumps(config | {"sample_size": config["sample_size"] // 3}))
     for first, second, side in (
         (tiny_model, results / "lora", 32),
         (results / "lora", tiny_model, 32),
-        (tiny_model, tiny_model, 48),
+        (tiny_model, smaller, 48),
+        (smaller, tiny_model, 16),
     ):
         out = tmp_path / f"{first.name}-{second.name}"
         run(generate, "--model", first, "--compare", second, "--prompt", "x", *FEW, "--output_dir", out)
@@ -554,7 +558,7 @@ def test_prompts_of_odd_lines(tmp_path):
         ("--prompts a.odt", "a.odt is none of .txt, .jsonl, .csv and .parquet"),
         ("--prompts a.jsonl", "a.jsonl: row 1 has no column prompt or text"),
         ("--prompts list.jsonl", "list.jsonl: prompt of row 1 expected string"),
-        ("--prompts torn.jsonl", "torn.jsonl cannot be read: line 1: Expecting value"),
+        ("--prompts torn.jsonl", "torn.jsonl cannot be read: line 1: Expecting value "),
         ("--prompts wide.csv", "wide.csv cannot be read: row 2 has more cells than the header: quote texts"),
         ("--prompts seed.jsonl", "seed.jsonl: seed of row 1 must be a number of type int from 0"),
         ("--prompt x --image none.png", "There is no picture none.png"),
