@@ -397,7 +397,10 @@ def load_inception(device):
     """Returns torch-fidelity's Inception: its digest, and its function from pictures to features, (n, 2048)."""
     from torch_fidelity.utils import create_feature_extractor
 
-    model = create_feature_extractor("inception-v3-compat", ["2048"], device.type == "cuda", verbose=False)
+    try:
+        model = create_feature_extractor("inception-v3-compat", ["2048"], device.type == "cuda", verbose=False)
+    except Exception as error:  # such as a download that fails
+        raise SystemExit(f"torch-fidelity's Inception for --metrics fid cannot be loaded: {error}")
 
     def of_pictures(pictures):
         pixels = [torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].to(device) for picture in pictures]
@@ -438,17 +441,13 @@ def all_features(args, state, stop, folders):
         model, encoder, of_pictures, of_captions = load_clip(args.clip_model, state.device)
         for flag in folders if "frechet" in args.metrics else ():
             check_count(flag, folders[flag], "frechet", model.config.projection_dim + 1)
+        inception = load_inception(state.device) if "fid" in args.metrics else None
     features = {flag: encode(args, state, stop, encoder, of_pictures, folders[flag]) for flag in folders}
-    if "fid" in args.metrics:
-        encoder, of_pictures = load_inception(state.device)
-        for flag in [flag for flag in folders if flag != "originals"]:
-            features[f"inception of {flag}"] = encode(args, state, stop, encoder, of_pictures, folders[flag])
+    for flag in [flag for flag in folders if inception and flag != "originals"]:
+        features[f"inception of {flag}"] = encode(args, state, stop, *inception, folders[flag])
     for flag in [flag for flag in folders if flag in ("images", "originals")]:
         if state.is_main_process and CAPTIONED.keys() & {*args.metrics}:
             features[f"captions of {flag}"] = of_captions([picture["caption"] for picture in folders[flag].values()])
-    for name, rows in features.items():
-        if not rows.isfinite().all():
-            raise SystemExit(f"--clip_model {args.clip_model} gives features of {name} that are not finite.")
     return features
 
 
@@ -551,12 +550,14 @@ def intervals(statistics, most, *counts):
     return [{"value": v, "low": v - r, "high": v + r} for v, r in zip(values.tolist(), reaches.tolist())]
 
 
-def measure(metric, folders, features):
+def measure(metric, folders, features, stop):
     """Returns what each folder has of a metric, and how the second one differs, each with its interval."""
     flags = [flag for flag in ("images", "compare") if flag in folders]
     sets = ["images", "reference"] if "reference" in TAKES[metric] else ["images"]
 
     def figures(*rows):
+        if stop.signum:
+            raise SystemExit
         values = [values_of(metric, features, flag, *rows).mean().item() for flag in flags]
         return [*values, *np.diff(values)]  # which of one value is none
 
@@ -622,11 +623,10 @@ def main(args):
     features = all_features(args, state, stop, folders)
     with ending_together(args, state, stop):
         if state.is_main_process:
-            with stop.ending_at_once():  # as features are kept
-                results = {metric: measure(metric, folders, features) for metric in args.metrics}
-                report(args, folders, results)
-                write_results(args, folders, features, results)
-                print(f"More is in {args.output_dir}.")
+            results = {metric: measure(metric, folders, features, stop) for metric in args.metrics}
+            report(args, folders, results)
+            write_results(args, folders, features, results)
+            print(f"More is in {args.output_dir}.")
     state.destroy_process_group()
 
 

@@ -419,15 +419,18 @@ def make_batches(jobs, batch_size):
 
 def prepare(args, pipeline, device):
     """Moves a pipeline to the device, and returns the settings that each of its pictures records."""
+    unconditional = isinstance(pipeline, diffusers.DDPMPipeline)  # whose noise has the precision of its UNet
     if args.scheduler:
         samplers = {sampler.__name__: sampler for sampler in pipeline.scheduler.compatibles}
+        samplers.pop("EDMEulerScheduler", None)  # which has another noise schedule
+        if unconditional:  # other samplers take their noise scaled
+            samplers = {name: samplers[name] for name in ("DDIMScheduler", "DDPMScheduler")}
         if args.scheduler not in samplers:
             raise SystemExit(f"--scheduler {args.scheduler} is none of {', '.join(sorted(samplers))}.")
         pipeline.scheduler = samplers[args.scheduler].from_config(pipeline.scheduler.config)
-    unconditional = isinstance(pipeline, diffusers.DDPMPipeline)  # whose noise has the precision of its UNet
     dtype = args.dtype or ("fp16" if device.type == "cuda" and not unconditional else "fp32")
-    if unconditional and dtype != "fp32":
-        raise ValueError("an unconditional model draws in --dtype fp32")
+    if unconditional and (dtype != "fp32" or args.vae_tiling):
+        raise ValueError("an unconditional model draws in --dtype fp32, and has no VAE for --vae_tiling")
     pipeline.to(device, {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype])
     pipeline.set_progress_bar_config(disable=True)
     if args.vae_tiling:
@@ -524,8 +527,10 @@ def write_metadata(folder):
     for file in folder.glob("*.png"):
         drawn = settings_of(file)
         row = rows.get(file.name, {})
-        if drawn and drawn != {name: row.get(name) for name in drawn}:  # new, or drawn anew
-            rows[file.name] = {"text": drawn["prompt"]} | drawn
+        if drawn and row.get("prompt", drawn["prompt"]) != drawn["prompt"]:  # of a picture that was drawn anew
+            row = {}
+        if drawn:
+            rows[file.name] = {"text": drawn["prompt"]} | row | drawn
     lines = [json.dumps(rows[name], ensure_ascii=False) + "\n" for name in sorted(rows)]
     replace_file(folder / "metadata.jsonl", "".join(lines).encode())
 

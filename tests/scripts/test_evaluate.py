@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -189,10 +190,10 @@ def test_distances_leave_out_parts(monkeypatch):
     calls = []
     monkeypatch.setattr(evaluate, "values_of", lambda *given: calls.append(given) or torch.zeros(1))
     pictures = {"images": dict.fromkeys(range(50)), "reference": dict.fromkeys(range(60))}
-    evaluate.measure("kid", pictures, {})
+    evaluate.measure("kid", pictures, {}, SimpleNamespace(signum=0))
     assert len(calls) == 1 + 20 + 20
     calls.clear()
-    evaluate.measure("clip_i", pictures, {})
+    evaluate.measure("clip_i", pictures, {}, SimpleNamespace(signum=0))
     assert len(calls) == 1 + 50 + 60
 
 
@@ -230,6 +231,8 @@ def test_what_it_says(measure, tmp_path, capsys):
     assert sheet.shape == (2 * 256, 10 * 256, 3)
     best = Image.open(rows[int(np.argmax(values))]["file"]).resize((256, 256), Image.Resampling.BICUBIC)
     assert (sheet[:256, :256] == np.asarray(best)).all()
+    worst = Image.open(rows[int(np.argmin(values))]["file"]).resize((256, 256), Image.Resampling.BICUBIC)
+    assert (sheet[256:, -256:] == np.asarray(worst)).all()
     wrong = shutil.copytree(right, tmp_path / "wrong")
     lines = [json.loads(line) for line in (right / "metadata.jsonl").read_text().splitlines()]
     captions = [row["text"] for row in lines]
@@ -347,6 +350,62 @@ def test_sets(measure, tmp_path):
         assert found["same"][metric] < 0.2 * found["other"][metric]
     assert found["red"]["cmmd"] == pytest.approx(0, abs=1e-6) == found["red"]["frechet"]
     assert found["red"]["clip_i"] > found["other"]["clip_i"] + 0.1
+
+
+def test_several_metrics_of_single_pictures(measure, tmp_path):
+    """Each has its column, and the sheet goes by the first one."""
+    folder, reference = save_squares(tmp_path / "some", 20), save_squares(tmp_path / "reference", 5, seed=1)
+    flags = ("--images", folder, "--reference", reference, "--metrics")
+    sheets = []
+    for metrics in (("clip_score",), ("clip_score", "clip_i"), ("clip_i", "clip_score")):
+        reference_flags = flags if "clip_i" in metrics else (*flags[:2], "--metrics")
+        told = measure(*reference_flags, *metrics)["metrics"]
+        with open(tmp_path / "evaluated" / "pictures.csv") as file:
+            rows = [*csv.DictReader(file)]
+        for metric in metrics:
+            assert told[metric]["images"]["value"] == pytest.approx(np.mean([float(row[metric]) for row in rows]))
+        sheets.append((tmp_path / "evaluated" / "best_and_worst.png").read_bytes())
+    assert sheets[0] == sheets[1] != sheets[2]
+
+
+def test_fid_takes_inceptions_features():
+    """Of both sets, and CLIP's for the other distances."""
+    names = ("images", "reference", "inception of images", "inception of reference")
+    found = {name: features(30, 4, seed) + seed for seed, name in enumerate(names)}
+    rows, others = torch.arange(20), torch.arange(25)
+    wanted = evaluate.frechet(found["inception of images"][:20], found["inception of reference"][:25])
+    assert evaluate.values_of("fid", found, "images", rows, others) == wanted
+    wanted = evaluate.frechet(found["images"][:20], found["reference"][:25])
+    assert evaluate.values_of("frechet", found, "images", rows, others) == wanted
+
+
+def test_a_signal_ends_the_measuring(measure, tmp_path, monkeypatch, capsys):
+    """Which may take minutes, and nothing is written."""
+    folder = save_squares(tmp_path / "some", 25)
+    original = evaluate.kid
+
+    def kid(x, y):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(x, y)
+
+    monkeypatch.setitem(evaluate.FORMULAS, "kid", kid)
+    with pytest.raises(SystemExit) as end:
+        measure("--images", folder, "--reference", folder, "--metrics", "kid")
+    assert end.value.code == 143 and "Stopped by SIGTERM" in capsys.readouterr().err
+    assert not (tmp_path / "evaluated").exists()
+
+
+def test_an_inception_that_does_not_load(measure, tmp_path, monkeypatch):
+    """As without a network: a sentence."""
+    (tmp_path / "library" / "torch_fidelity").mkdir(parents=True)
+    (tmp_path / "library" / "torch_fidelity" / "__init__.py").touch()
+    lines = "def create_feature_extractor(*_, **__):\n    raise OSError('no route to host')\n"
+    (tmp_path / "library" / "torch_fidelity" / "utils.py").write_text(lines)
+    monkeypatch.syspath_prepend(tmp_path / "library")
+    monkeypatch.setattr(evaluate, "LEAST", {})
+    folder = save_squares(tmp_path / "some", 4)
+    with pytest.raises(SystemExit, match="Inception for --metrics fid cannot be loaded: no route to host"):
+        measure("--images", folder, "--reference", folder, "--metrics", "fid")
 
 
 def test_edits(measure, tmp_path):

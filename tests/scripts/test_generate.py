@@ -214,13 +214,15 @@ def test_a_text_that_was_changed_stays(draw):
     file = folder / "metadata.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert rows[0]["model"] == "tiny" and len(rows[0]["weights"]) == 16 and rows[0]["guidance_scale"] == 7.5
-    rows[0]["text"] = rows[1]["text"] = "changed"
+    rows[0] = {"file_name": "00000-0.png", "text": "changed", "note": "mine"}
+    rows[1]["text"] = "changed"
     rows += [{"file_name": "gone.png"}, {"text": "x"}, {"file_name": ["00000-0.png"]}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "00001-0.png").unlink()
     draw("out", "--prompt", "a", "c")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["text"] for row in rows] == ["changed", "c"]
+    assert rows[0]["note"] == "mine" and rows[0]["prompt"] == "a" and rows[1]["prompt"] == "c"
 
 
 def test_pictures_of_an_interrupted_run_have_rows(draw):
@@ -457,6 +459,14 @@ def test_a_model_of_pixels(results, tmp_path):
     for name, model in (("whole", "pixels"), ("averaged", "pixels/checkpoint-1/unet_ema")):
         flags = ("--num_images_per_prompt", 2, "--batch_size", 2, *FEW)
         run(generate, "--model", results / model, *flags, "--output_dir", tmp_path / name)
+    flags = ("--model", results / "pixels", *FEW, "--output_dir", tmp_path / "ddim")
+    run(generate, *flags, "--scheduler", "DDIMScheduler")
+    for more, said in (
+        (("--scheduler", "PNDMScheduler"), "PNDMScheduler is none of DDIMScheduler, DDPMScheduler"),
+        (("--vae_tiling",), "has no VAE for --vae_tiling"),
+    ):
+        with pytest.raises(SystemExit, match=said):
+            run(generate, *flags, *more)
     drawn, averaged = (pixels(tmp_path / name / "pictures") for name in ("whole", "averaged"))
     assert {picture.shape for picture in drawn.values()} == {(16, 16, 3)} and len(drawn) == 2
     pipeline = DDPMPipeline.from_pretrained(results / "pixels")
@@ -569,6 +579,7 @@ def test_prompts_of_odd_lines(tmp_path):
             "--num_inference_steps: must be a number of type int from 1 to .*, not 0",
         ),
         ("--prompt x --scheduler UNet2DModel", "--scheduler UNet2DModel is none of .*DDIMScheduler"),
+        ("--prompt x --scheduler EDMEulerScheduler", "--scheduler EDMEulerScheduler is none of"),
         ("--prompt x --lora_scale nan", "--lora_scale: must be a number"),
         ("--prompt x --output_dir foreign", "foreign/pictures/00000-0.png is none of this program's pictures"),
         ("--prompt x --output_dir torn", "torn/pictures/00000-0.png is none of this program's pictures"),
