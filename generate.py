@@ -349,6 +349,13 @@ def make_jobs(args):
     return jobs
 
 
+def usual_size(pipeline):
+    """Returns the side of the pictures that a pipeline's model was made for, or None if it does not say."""
+    model = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    side = getattr(pipeline, "default_sample_size", None) or (model and model.config.get("sample_size"))
+    return side and side * pipeline.vae_scale_factor
+
+
 def fill_in(jobs, pipeline, resolution):
     """Gives jobs the settings that were left open: the run's resolution, if it is known, and the pipeline's own.
 
@@ -358,7 +365,7 @@ def fill_in(jobs, pipeline, resolution):
     parameters = inspect.signature(pipeline.__call__).parameters
     defaults = {name: parameters[name].default for name in NUMBERS if name in parameters}
     if "height" in parameters:
-        size = resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+        size = resolution or defaults["height"] or usual_size(pipeline)
         defaults |= {"height": size, "width": size}
     for job in jobs:
         own = defaults

@@ -14,9 +14,13 @@ import pytest
 import torch
 from datasets import Dataset
 from diffusers import (
+    AutoencoderKL,
     ControlNetModel,
     DDPMPipeline,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
@@ -26,6 +30,14 @@ from helpers import ROOT, WORD, files_in, finish, flags_of, run, start_ranks, st
 from PIL import Image
 from safetensors.torch import save_file
 from single_file import save_single_file
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 import generate
 import textual_inversion
@@ -452,6 +464,34 @@ def test_a_single_file(draw, tiny_model, tmp_path):
     drawn = draw("out", "--prompt", "a red circle", "--base", tiny_model, model=file)
     wanted = by_hand(StableDiffusionPipeline.from_pretrained(tiny_model), "a red circle")
     assert abs(pixels(drawn / "pictures")["00000-0.png"] - wanted).max() <= 1
+
+
+def test_a_family_that_the_scripts_do_not_train(tiny_model, tmp_path):
+    """Stable Diffusion 3, say, which has no UNet: at the size that it was made for."""
+    torch.manual_seed(0)
+    clip = {"hidden_size": 32, "intermediate_size": 37, "num_attention_heads": 4, "num_hidden_layers": 2}
+    tokenizer = CLIPTokenizer.from_pretrained(tiny_model / "tokenizer")
+    clip |= {"vocab_size": len(tokenizer), "projection_dim": 32}
+    transformer = {"num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 4, "patch_size": 1}
+    transformer |= {"sample_size": 32, "in_channels": 4, "out_channels": 4, "caption_projection_dim": 32}
+    pieces = [(piece, -1.0) for piece in ("<pad>", "</s>", "<unk>", *"▁abcdefghijklmnopqrstuvwxyz")]
+    encoder = T5EncoderModel(T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=37, num_layers=1, num_heads=4))
+    pipeline = StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(**transformer, joint_attention_dim=32, pooled_projection_dim=64),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKL(block_out_channels=(4,), latent_channels=4, norm_num_groups=1, shift_factor=0.1),
+        text_encoder=CLIPTextModelWithProjection(CLIPTextConfig(**clip)),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**clip)),
+        text_encoder_3=encoder,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        tokenizer_3=T5TokenizerFast(vocab=pieces),
+    )
+    pipeline.save_pretrained(tmp_path / "sd3")
+    run(generate, "--model", tmp_path / "sd3", "--prompt", "a red circle", *FEW, "--output_dir", tmp_path / "out")
+    (drawn,) = pixels(tmp_path / "out" / "pictures").values()
+    assert drawn.shape == (32, 32, 3)
+    assert (drawn == by_hand(DiffusionPipeline.from_pretrained(tmp_path / "sd3"), "a red circle")).all()
 
 
 def test_a_model_of_pixels(results, tmp_path):
