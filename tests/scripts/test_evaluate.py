@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -404,8 +405,12 @@ def test_an_inception_that_does_not_load(measure, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path / "library")
     monkeypatch.setattr(evaluate, "LEAST", {})
     folder = save_squares(tmp_path / "some", 4)
-    with pytest.raises(SystemExit, match="Inception for --metrics fid cannot be loaded: no route to host"):
-        measure("--images", folder, "--reference", folder, "--metrics", "fid")
+    try:
+        with pytest.raises(SystemExit, match="Inception for --metrics fid cannot be loaded: no route to host"):
+            measure("--images", folder, "--reference", folder, "--metrics", "fid")
+    finally:  # so that other tests have no such library
+        for name in ("torch_fidelity", "torch_fidelity.utils"):
+            sys.modules.pop(name, None)
 
 
 def test_edits(measure, tmp_path):
